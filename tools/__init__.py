@@ -1,0 +1,1 @@
+"""Command line tools: benchmarks, training of the bundled model, checkpoint conversion, compile checks."""
