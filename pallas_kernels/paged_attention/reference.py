@@ -1,0 +1,58 @@
+"""Paged attention written to be read: dense, float32, one token at a time. The oracle of every other implementation.
+
+KV layout: [P, S, 2, K, D], the XLA path's.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
+from pallas_kernels.paged_attention.xla import kv_partition_spec, kv_shape, kv_spec
+
+__all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
+
+
+def why_not(spec: KVSpec) -> str | None:
+    return None
+
+
+def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> RaggedBatch:
+    return batch
+
+
+def write_kv(kv, k, v, batch: RaggedBatch, *, page_offset):
+    page, slot = batch.token_slots(k.shape[0], kv.shape[1])
+    return kv.at[page + page_offset, slot].set(jnp.stack([k, v], axis=1).astype(kv.dtype))
+
+
+def attend(q, kv, batch: RaggedBatch, *, page_offset, scale, sliding_window, soft_cap, sinks):
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = kv.shape[3]
+    rows = batch.token_rows(num_tokens)
+    positions = batch.token_positions(num_tokens)
+
+    def one_token(token):
+        query, row, position = token
+        pages = kv[batch.page_table[row] + page_offset].astype(jnp.float32)
+        keys, values = (jnp.reshape(pages[:, :, i], (-1, num_kv_heads, head_dim)) for i in (0, 1))
+        keys, values = (jnp.repeat(x, num_heads // num_kv_heads, axis=1) for x in (keys, values))
+        logits = jnp.einsum("hd,lhd->hl", query.astype(jnp.float32), keys, precision="highest") * scale
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        key_position = jnp.arange(keys.shape[0])
+        visible = key_position <= position
+        if sliding_window is not None:
+            visible &= position - key_position < sliding_window
+        logits = jnp.where(visible, logits, -jnp.inf)
+        if sinks is not None:  # a sink takes part in the softmax and has no value
+            logits = jnp.concatenate([logits, sinks.astype(jnp.float32)[:, None]], axis=1)
+        weights = jax.nn.softmax(logits, axis=1)[:, : keys.shape[0]]
+        # A page may hold anything, NaN too, where no token was written.
+        values = jnp.where(visible[:, None, None], values, 0.0)
+        return jnp.einsum("hl,lhd->hd", weights, values, precision="highest").astype(q.dtype)
+
+    output = jax.lax.map(one_token, (q, rows, positions))
+    live = jnp.arange(num_tokens) < batch.num_tokens
+    return jnp.where(live[:, None, None], output, 0)
