@@ -1,0 +1,146 @@
+"""Configuration: frozen dataclasses. YAML keys and command-line flags are made from their fields (see `cli.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from jinfer.errors import ConfigError
+
+BUNDLED_MODEL = "tiny"
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A config field with its help text and range; checked by `check_fields`, shown by `--help`."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+def check_fields(config: Any) -> None:
+    """Raises ConfigError naming the first field whose value is out of its range, of the wrong type or no choice."""
+    for f in dataclasses.fields(config):
+        value, meta = getattr(config, f.name), f.metadata
+        optional = "None" in str(f.type)
+        if value is None:
+            if not optional:
+                raise ConfigError(f"{f.name} is None, expected {f.type}")
+            continue
+        kind = str(f.type).replace(" | None", "")
+        wanted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind)
+        is_wrong_bool = isinstance(value, bool) and kind != "bool"
+        if wanted is not None and (not isinstance(value, wanted) or is_wrong_bool):
+            raise ConfigError(f"{f.name} is {value!r} ({type(value).__name__}), expected {kind}")
+        low, high = meta.get("low"), meta.get("high")
+        if (low is not None and value < low) or (high is not None and value > high):
+            span = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"{f.name} is {value!r}, expected {span}")
+        choices = meta.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one engine runs one model. Shared by `LLM`, `AsyncEngine` and the server."""
+
+    model: str = option(BUNDLED_MODEL, "model folder, hub id, or the name of the bundled model")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    tokenizer: str | None = option(None, "tokenizer folder or hub id, if not the model's own")
+    load_format: str = option("auto", "what the model folder holds", choices=("auto", "safetensors", "orbax"))
+    dtype: str = option(
+        "auto",
+        "compute and KV type; auto: the checkpoint's own on TPU and GPU, float32 on CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    max_model_len: int | None = option(
+        None, "longest prompt plus output in tokens; default: the model's own limit", low=2, high=2**24
+    )
+    max_num_seqs: int = option(32, "most sequences running at once", low=1, high=4096)
+    max_num_batched_tokens: int = option(
+        512, "tokens of one step, prompt chunks included", low=16, high=131072
+    )
+    max_num_waiting: int = option(1024, "most requests waiting; more are refused", low=1, high=10**6)
+    scheduling_policy: str = option("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
+    block_size: int = option(16, "tokens of a KV page", low=8, high=128)
+    gpu_memory_utilization: float = option(
+        0.9, "share of an accelerator's memory that weights and KV may fill", low=0.05, high=1.0
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "bytes for KV pages; default: what the accelerator has left, or on CPU enough for max_num_seqs "
+        "sequences within 2 GiB",
+        low=1,
+    )
+    num_gpu_blocks_override: int | None = option(None, "KV pages, whatever the memory", low=2, high=2**28)
+    enable_prefix_caching: bool = option(True, "share the KV pages of equal prompt beginnings")
+    async_scheduling: bool = option(True, "dispatch a step before the last one's tokens are read")
+    tensor_parallel_size: int = option(1, "devices that share each layer", low=1, high=1024)
+    layer_loop: str = option(
+        "auto", "scan over stacked layers or unroll; auto: scan on TPU", choices=("auto", "scan", "unroll")
+    )
+    attention_backend: str = option(
+        "auto",
+        "implementation of pallas_kernels.paged_attention; a named one fails where it cannot run",
+        choices=("auto", "reference", "xla", "tpu", "gpu"),
+    )
+    seed: int = option(0, "seed of requests that bring none", low=0, high=2**31 - 1)
+    compilation_cache_dir: str | None = option(
+        None, "folder of the persistent compile cache; default: in the user's cache; 'off': none"
+    )
+    warmup: bool = option(True, "compile every step before the engine reports ready")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
+                f"({self.max_num_seqs}): every running sequence needs a token a step, raise the one or lower the other"
+            )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the HTTP server listens, protects itself and stops."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0: any free one", low=0, high=65535)
+    served_model_name: str | None = option(None, "name in the API; default: the model's")
+    api_key: str | None = option(None, "if set, requests must carry it as a bearer token")
+    max_body_bytes: int = option(4 * 1024 * 1024, "largest request body", low=1024, high=2**31)
+    request_timeout: float = option(600.0, "seconds after which a request is ended", low=0.1, high=86400.0)
+    drain_timeout: float = option(
+        30.0, "seconds that running requests get after SIGTERM", low=0.0, high=86400.0
+    )
+    max_logprobs: int = option(20, "most alternatives per position a request may ask for", low=0, high=20)
+    chat_template: str | None = option(None, "file with a chat template, if not the model's own")
+    uvicorn_log_level: str = option(
+        "warning",
+        "log level of the HTTP layer",
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+    )
+    disable_log_requests: bool = option(True, "leave out a log line per request")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], source: str = "configuration") -> T:
+    """A config of class `cls` from a mapping whose keys may use '-' or '_'. An unknown key is a ConfigError."""
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    cleaned = {str(k).replace("-", "_"): v for k, v in values.items()}
+    unknown = sorted(set(cleaned) - known)
+    if unknown:
+        raise ConfigError(
+            f"unknown key {', '.join(map(repr, unknown))} in {source}; known keys: {', '.join(sorted(known))}"
+        )
+    return cls(**cleaned)

@@ -1,0 +1,37 @@
+"""What can be wrong with what a user gave. Every message says what was given, what was expected and what to do."""
+
+
+class JinferError(Exception):
+    """Base of every error that jinfer raises on purpose."""
+
+
+class UserError(JinferError, ValueError):
+    """The caller's input is wrong; the engine is untouched and goes on serving."""
+
+
+class ConfigError(UserError):
+    """An unknown key, a value out of range, or options that contradict each other."""
+
+
+class RequestError(UserError):
+    """One request cannot be served as asked. `param` names the field at fault, if one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class QueueFullError(RequestError):
+    """The waiting queue is at its limit. `retry_after` is a hint in seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ModelError(UserError):
+    """A model folder or checkpoint that cannot be used; names the file, key or tensor at fault."""
+
+
+class EngineDeadError(JinferError, RuntimeError):
+    """The engine loop failed; running requests ended with this error and health is false."""

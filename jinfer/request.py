@@ -1,0 +1,165 @@
+"""A request's life: what was asked, where it stands, and what came out. No jax here."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jinfer.sampling.params import SamplingParams
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"  # in the queue: new, or preempted and to be recomputed
+    RUNNING = "running"  # owns a slot and pages
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # end token, stop token or stop string
+    LENGTH = "length"  # max_tokens or the model's length
+    ABORT = "abort"  # the client went away or asked for it
+    ERROR = "error"  # a fault in this request or in the engine
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities (natural log) at one position, of the raw distribution.
+
+    top: the most likely (token id, logprob) pairs, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestTimings:
+    """time.monotonic() seconds; None where the request did not get that far."""
+
+    arrival: float
+    scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence being generated (a request with n > 1 becomes n of these).
+
+    Counts: `num_computed` tokens have their KV written by steps already dispatched; `num_in_flight` tokens were
+    sampled by dispatched steps whose results are not read yet, so their ids are unknown to the host.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int = 0
+    priority: int = 0  # lower runs first
+    arrival_time: float = field(default_factory=time.monotonic)
+    cache_salt: str = ""
+    cacheable: bool = True  # False: neither looks up nor leaves pages in the prefix cache
+    index: int = 0  # which of the n choices
+    leader: Request | None = None  # a fork waits until its leader's prompt is computed, to share its pages
+    end_token_ids: frozenset[int] = frozenset()  # EOS ids (unless ignore_eos) and stop_token_ids
+    max_total_tokens: int = 0  # prompt + output may not exceed this
+
+    state: RequestState = RequestState.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string that ended it; None for EOS
+    output_token_ids: list[int] = field(default_factory=list)
+    slot: int = -1
+    num_computed: int = 0
+    num_in_flight: int = 0
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_preemptions: int = 0
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finish_time: float | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt and output tokens whose ids the host knows."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, those in flight included."""
+        return self.num_known_tokens + self.num_in_flight
+
+    @property
+    def finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    def token_slice(self, start: int, stop: int) -> list[int]:
+        """Known token ids at positions [start, stop)."""
+        n = len(self.prompt_token_ids)
+        if stop <= n:
+            return list(self.prompt_token_ids[start:stop])
+        if start >= n:
+            return self.output_token_ids[start - n : stop - n]
+        return list(self.prompt_token_ids[start:]) + self.output_token_ids[: stop - n]
+
+    def timings(self) -> RequestTimings:
+        return RequestTimings(self.arrival_time, self.scheduled_time, self.first_token_time, self.finish_time)
+
+
+@dataclass
+class OutputDelta:
+    """What one engine step added to one choice of a request. The last delta carries `finish_reason`."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprobs] | None = None  # one per new token, if asked for
+    # On the first delta of choice 0, if asked for: one entry per prompt token, None for the first.
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    timings: RequestTimings | None = None  # on the last delta
+    error: str | None = None  # with FinishReason.ERROR
+
+
+@dataclass
+class Completion:
+    """One choice of a finished request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    timings: RequestTimings | None
+
+
+@dataclass
+class RequestOutput:
+    """A finished request of `LLM.generate`: the prompt and its n completions (`outputs`)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    outputs: list[Completion]
+    num_cached_tokens: int
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Output token ids of the first choice."""
+        return self.outputs[0].token_ids
