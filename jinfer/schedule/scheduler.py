@@ -1,0 +1,453 @@
+"""Continuous batching over paged KV: which tokens each step computes, and which pages they go to.
+
+A step takes, inside one budget of tokens: first one token for every running sequence that decodes, then
+chunks of the prompts that are running, then new requests while slots, pages and budget last. Same calls, same
+plan.
+
+Steps overlap: `schedule` may be called again before `commit` has told the last step's tokens. What it needs
+to know is certain without them: a decode row's token is in its slot on the device, and where it goes depends
+only on counts. Only an end token is a surprise: its request ends at `commit`, the row of the step already
+dispatched runs in vain, and its token is dropped. The device runs steps in order, which makes it safe to give
+pages back at once:
+
+  A row writes only the positions [start, start + count) of its own sequence, start being the tokens computed
+  before. So it never writes a page that is findable in the prefix cache: such a page is full, it lies in [0,
+  start) of every sequence that has it, and later rows of these sequences write behind it. A row in vain was
+  dispatched before its pages were given back. Their next owner's rows are dispatched later, so they run
+  later, overwrite what was left there, and read only positions they (or the cache) have written. And the next
+  owner makes a page findable only when its own writes have filled it: those that run after the one in vain. A
+  page that becomes findable as its sequence ends at an end token holds the end token's KV, correct and
+  dispatched. The token sampled in vain behind it is never known, so no page that would hold it is ever full
+  of known tokens.
+
+A page becomes findable for the steps after the one that fills it, not for rows of the same step: within a
+step an attention kernel may read pages in any order.
+
+Nothing starves: the queue is kept by (class, arrival), its head blocks everything behind it, and the running
+request that is first in that order is never preempted for another, so it ends, and so does the next. (Under
+`priority` a steady stream of urgent requests does hold back the others: that is what was asked for.)"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from bisect import insort
+from collections.abc import Sequence
+
+from jinfer.cache.pages import PagePool
+from jinfer.errors import ConfigError, QueueFullError, RequestError
+from jinfer.request import FinishReason, Request, RequestState
+from jinfer.schedule.batch import Batch, BatchRow
+from jinfer.schedule.entry import NEVER, Entry
+from jinfer.schedule.integrity import check_scheduler
+from jinfer.schedule.limits import token_limit
+from jinfer.schedule.policy import WaitingQueue, check_policy, order_of
+from jinfer.schedule.sharing import PageSharing
+
+
+def _by_order(entry: Entry) -> tuple[int, int]:
+    return entry.order
+
+
+class Scheduler:
+    """Owns every request from `add` until its end, the slots [0, max_num_seqs) and the pages [1, num_pages).
+
+    The request's fields `state`, `slot`, `num_computed`, `num_in_flight`, `num_cached`, `num_preemptions`,
+    `output_token_ids`, `finish_reason`, `stop_reason` and its times are written here and nowhere else.
+
+    enable_prefix_caching=False: only forks (requests with a leader) look into the cache, to share the prompt
+    pages of their group; the caller gives the group a `cache_salt` of its own, and cacheable=False to every
+    other request.
+
+    Counters: prefix_queries and prefix_hits (prompt tokens looked up and found, once per request),
+    preemptions, allocated_tokens and used_tokens (summed over steps: room in the pages in use, and how much
+    of it holds KV)."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_num_waiting: int,
+        enable_prefix_caching: bool = True,
+        policy: str = "fcfs",
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {max_num_batched_tokens}, less than max_num_seqs "
+                f"({max_num_seqs}): every running sequence needs a token a step, raise the one or lower the other"
+            )
+        self.page_size = page_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.max_num_waiting = max_num_waiting
+        self.policy = check_policy(policy)
+        self.pool = PagePool(num_pages)
+        self.sharing = PageSharing(self.pool, page_size, only_forks=not enable_prefix_caching)
+
+        self.entries: dict[Request, Entry] = {}
+        self._by_id: dict[str, list[Entry]] = {}
+        self.running: list[Entry] = []  # by order
+        self.queue = WaitingQueue()
+        self._num_parked = 0
+        self.free_slots = list(range(max_num_seqs))  # a heap: low slots first keeps the runner's arrays dense
+        self.reserved = 0  # available pages that are promised to running entries: the sum of their `reserved`
+        self.slack = 0  # token places in running entries' pages that hold no KV yet
+        self._arrivals = 0
+        self._next_step = 0
+        self._last_commit = -1
+
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.preemptions = 0
+        self.allocated_tokens = 0
+        self.used_tokens = 0
+
+    # ---- what others may ask
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.entries)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queue) + self._num_parked
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the pages that sequences use now; cached pages nobody uses count as free."""
+        return self.pool.num_used / self.pool.num_total
+
+    @property
+    def capacity_tokens(self) -> int:
+        """The most tokens, prompt and output, that one request can have here. The last one's KV is never
+        needed."""
+        return min(self.max_model_len, self.pool.num_total * self.page_size + 1)
+
+    def parked(self) -> list[Entry]:
+        """Forks that wait for their leaders' prompts."""
+        return [fork for entry in self.entries.values() for fork in entry.forks]
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError if the books do not balance. Takes time: for tests and for when the engine is
+        idle."""
+        check_scheduler(self)
+
+    # ---- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queues a request. RequestError: it can never run here. QueueFullError: not now."""
+        if request in self.entries or request.state is not RequestState.WAITING:
+            raise RequestError(f"request {request.request_id!r} was added before: make a new Request")
+        limit = token_limit(request, self.max_model_len, self.pool.num_total * self.page_size)
+        if self.num_waiting >= self.max_num_waiting:
+            raise QueueFullError(
+                f"{self.num_waiting} requests are waiting, max_num_waiting is {self.max_num_waiting}: try "
+                "again later"
+            )
+        entry = Entry(request, order_of(request, self._arrivals, self.policy), limit)
+        self._arrivals += 1
+        self.entries[request] = entry
+        self._by_id.setdefault(request.request_id, []).append(entry)
+        leader = None if request.leader is None else self.entries.get(request.leader)
+        # A fork whose leader has ended, or with no full page to share, has nothing to wait for.
+        has_page = (request.num_prompt_tokens - 1) // self.page_size > 0
+        if leader and request.cacheable and has_page and not self._prompt_is_computed(leader):
+            entry.parked_behind = leader
+            leader.forks.append(entry)
+            self._num_parked += 1
+        else:
+            self.queue.push(entry)
+
+    def abort(self, request_id: str) -> list[Request]:
+        """Ends every request (all forks) of that id; their slots and pages are free at once. Unknown id:
+        []."""
+        entries = self._by_id.get(request_id, [])
+        # Forks first: ending their leader would only move them into the queue.
+        ended = list(reversed(entries))
+        for entry in ended:
+            self._end(entry, FinishReason.ABORT, None)
+        return [entry.request for entry in reversed(ended)]
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Ends one request from outside: stop string, timeout, error. On one that has ended already it does
+        nothing, except that a stop string in the text of the last allowed token turns LENGTH into STOP."""
+        entry = self.entries.get(request)
+        if entry is not None:
+            self._end(entry, reason, stop_reason)
+        elif request.finish_reason is FinishReason.LENGTH and reason is FinishReason.STOP:
+            request.finish_reason = reason
+            request.stop_reason = stop_reason
+
+    def reset_prefix_cache(self) -> None:
+        """Makes every cached page unfindable, for instance because the weights have changed. What runs goes
+        on with its pages, whose KV is partly of the old weights, so they are not offered to others later
+        either."""
+        self.sharing.cache.reset()
+        for entry in self.running:
+            entry.register_at = NEVER
+
+    # ---- one step
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None if nothing can run before a commit or an `add`."""
+        preemptions = self.preemptions
+        filled: list[Entry] = []  # entries whose pages this step fills
+        rows = self._decode_rows(filled)
+        num_decode_rows = len(rows)
+        budget = self._prefill_running(rows, self.max_num_batched_tokens - num_decode_rows, filled)
+        admitted: list[Request] = []
+        # A step that had to take pages from someone has none for newcomers.
+        if budget and self.free_slots and self.preemptions == preemptions:
+            budget = self._admit_waiting(rows, budget, filled, admitted)
+        if not rows:
+            return None
+        for entry in filled:
+            self.sharing.register(entry)
+            if entry.forks and self._prompt_is_computed(entry):
+                self._release_forks(entry)
+        in_use = self.pool.num_used * self.page_size
+        self.allocated_tokens += in_use
+        self.used_tokens += in_use - self.slack
+        step = self._next_step
+        self._next_step += 1
+        return Batch(step, rows, num_decode_rows, self.max_num_batched_tokens - budget, admitted)
+
+    def _decode_rows(self, filled: list[Entry]) -> list[BatchRow]:
+        """One row for every running entry whose next token is in its slot and which may sample another
+        one."""
+        rows: list[BatchRow] = []
+        running, page_size = self.running, self.page_size
+        index = 0
+        # Not a for loop: making room removes entries from the end of `running`, those that have no row yet.
+        while index < len(running):
+            entry = running[index]
+            request = entry.request
+            start = request.num_computed
+            # to_sample 0: its last token is in flight, so its end is certain and another row would be in
+            # vain.
+            if start < entry.prefill_end or not entry.to_sample:
+                index += 1
+                continue
+            num_pages = len(entry.pages)
+            new_pages: Sequence[int] = ()
+            if start == num_pages * page_size:
+                if not self._make_room(entry):
+                    break  # it was the last of `running`, and is no longer in it
+                new_pages = self.pool.allocate(1)
+                entry.pages += new_pages
+                self.slack += page_size
+            rows.append(BatchRow(request, request.slot, start, 1, True, True, num_pages, new_pages))
+            start += 1
+            request.num_computed = start
+            request.num_in_flight += 1
+            entry.to_sample -= 1
+            if start >= entry.register_at:
+                filled.append(entry)
+            index += 1
+        self.slack -= len(rows)
+        return rows
+
+    def _prefill_running(self, rows: list[BatchRow], budget: int, filled: list[Entry]) -> int:
+        """Adds chunks of the prompts that are being computed; returns the budget that is left. Their pages
+        are reserved since admission, so they never have to make room."""
+        for entry in self.running:
+            if not budget:
+                break
+            start = entry.request.num_computed
+            if start < entry.prefill_end:
+                budget -= self._chunk(entry, start, budget, len(entry.pages), rows)
+                filled.append(entry)
+        return budget
+
+    def _admit_waiting(
+        self, rows: list[BatchRow], budget: int, filled: list[Entry], admitted: list[Request]
+    ) -> int:
+        """Admits from the head of the queue and adds their first chunks; returns the budget that is left. The
+        head blocks those behind it, however small: otherwise a large request could wait forever."""
+        while budget and self.free_slots:
+            entry = self.queue.head()
+            # A preempted request waits until the host knows all its tokens, so that it can compute them
+            # again.
+            if entry is None or entry.request.num_in_flight or not self._admit(entry):
+                break
+            request = entry.request
+            admitted.append(request)
+            budget -= self._chunk(entry, request.num_computed, budget, 0, rows)
+            filled.append(entry)
+        return budget
+
+    def _chunk(self, entry: Entry, start: int, budget: int, new_page_start: int, rows: list[BatchRow]) -> int:
+        """Adds the row that computes the next known tokens of `entry`, as many as the budget allows."""
+        request = entry.request
+        count = min(budget, entry.prefill_end - start)
+        end = start + count
+        needed = -(-end // self.page_size) - len(entry.pages)
+        if needed > 0:
+            entry.pages += self.pool.allocate(needed)
+            entry.reserved -= needed
+            self.reserved -= needed
+            self.slack += needed * self.page_size
+        self.slack -= count
+        samples = end == entry.prefill_end
+        new_pages = entry.pages[new_page_start:]
+        rows.append(BatchRow(request, request.slot, start, count, False, samples, new_page_start, new_pages))
+        request.num_computed = end
+        if samples:
+            request.num_in_flight += 1
+            entry.to_sample -= 1
+        return count
+
+    def _admit(self, entry: Entry) -> bool:
+        """Gives the queue's head a slot, its cached pages, and the promise of pages for the rest of its known
+        tokens. False, with nothing changed: the pages do not suffice."""
+        request, page_size = entry.request, self.page_size
+        prefill_end = request.num_known_tokens
+        hits = self.sharing.find(entry, prefill_end)
+        fresh = -(-prefill_end // page_size) - len(hits)
+        # Pages found that nobody uses are available now, and no longer once this entry has them.
+        unused = sum(1 for page in hits if self.pool.refcount(page) == 0)
+        # A newcomer is the first to be preempted. If the others can push it out within their next page,
+        # admitting it is work thrown away.
+        growing = sum(1 for e in self.running if -(-(e.limit - 1) // page_size) > len(e.pages) + e.reserved)
+        if fresh + unused + growing > self.pool.num_available - self.reserved:
+            return False
+        self.queue.remove(entry)
+        self.pool.retain(hits)
+        entry.pages = hits
+        entry.reserved = fresh
+        self.reserved += fresh
+        entry.prefill_end = prefill_end
+        entry.to_sample = entry.limit - prefill_end
+        self.sharing.start_registering(entry, len(hits))
+        insort(self.running, entry, key=_by_order)
+        request.state = RequestState.RUNNING
+        request.slot = heapq.heappop(self.free_slots)
+        request.num_computed = len(hits) * page_size
+        if request.scheduled_time is None:
+            request.scheduled_time = time.monotonic()
+            request.num_cached = request.num_computed
+            if self.sharing.looks_up(request):
+                self.prefix_queries += request.num_prompt_tokens
+                self.prefix_hits += request.num_cached
+        return True
+
+    def _make_room(self, entry: Entry) -> bool:
+        """Sees to it that a page can be allocated, by preempting the last of `running` until one can. False:
+        that was `entry` itself."""
+        while self.pool.num_available - self.reserved < 1:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is entry:
+                return False
+        return True
+
+    def commit(self, batch: Batch, tokens: Sequence[int]) -> list[tuple[BatchRow, int]]:
+        """Takes the tokens of a step, tokens[i] sampled by batch.rows[i] (any number where a row samples
+        nothing).
+
+        Steps are committed in their order. Returns the rows whose token was appended to its request; a
+        request that has ended since the step was dispatched gets nothing. Ends those whose token is an end
+        token or the last."""
+        if batch.step_id <= self._last_commit or len(tokens) != len(batch.rows):
+            raise ValueError(
+                f"step {batch.step_id} with {len(tokens)} tokens for {len(batch.rows)} rows after step "
+                f"{self._last_commit}: expected one token per row and steps in order"
+            )
+        self._last_commit = batch.step_id
+        appended: list[tuple[BatchRow, int]] = []
+        entries = self.entries
+        now = time.monotonic()
+        for row, token in zip(batch.rows, tokens):
+            if not row.samples:
+                continue
+            request = row.request
+            request.num_in_flight -= 1
+            entry = entries.get(request)
+            if entry is None:
+                continue
+            # A request preempted since then is waiting: its token is as good as any, it was sampled from its
+            # pages before they changed hands. It cannot be running again, because it waits for its tokens in
+            # flight.
+            output = request.output_token_ids
+            output.append(token)
+            appended.append((row, token))
+            known = len(request.prompt_token_ids) + len(output)
+            if len(output) == 1:
+                request.first_token_time = now
+            if known >= entry.register_at:
+                self.sharing.register(entry)
+            if token in request.end_token_ids:
+                is_stop_token = token in request.params.stop_token_ids
+                self._end(entry, FinishReason.STOP, token if is_stop_token else None)
+            elif known >= entry.limit:
+                self._end(entry, FinishReason.LENGTH, None)
+        return appended
+
+    # ---- leaving the running set
+
+    def _preempt(self, entry: Entry) -> None:
+        """Takes everything from a running entry and puts it back into the queue, ahead of all that came after
+        it. Its tokens in flight stay valid and are appended at their commit."""
+        self._give_back(entry)
+        request = entry.request
+        request.state = RequestState.WAITING
+        request.num_preemptions += 1
+        self.preemptions += 1
+        self.queue.push(entry)
+
+    def _end(self, entry: Entry, reason: FinishReason, stop_reason: int | str | None) -> None:
+        """Ends a request wherever it is: running, queued or parked."""
+        request = entry.request
+        if request.state is RequestState.RUNNING:
+            self._give_back(entry)
+        elif entry.is_queued:
+            self.queue.remove(entry)
+        elif entry.parked_behind is not None:
+            entry.parked_behind.forks.remove(entry)
+            entry.parked_behind = None
+            self._num_parked -= 1
+        self._release_forks(entry)
+        del self.entries[request]
+        same_id = self._by_id[request.request_id]
+        same_id.remove(entry)
+        if not same_id:
+            del self._by_id[request.request_id]
+        request.state = RequestState.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+        request.finish_time = time.monotonic()
+
+    def _give_back(self, entry: Entry) -> None:
+        request = entry.request
+        self.running.remove(entry)
+        self.slack -= len(entry.pages) * self.page_size - request.num_computed
+        self.pool.release(reversed(entry.pages))  # the leaves of the chain are evicted before its root
+        self.reserved -= entry.reserved
+        heapq.heappush(self.free_slots, request.slot)
+        entry.pages = []
+        entry.reserved = entry.prefill_end = entry.to_sample = 0
+        entry.register_at = NEVER
+        request.slot = -1
+        request.num_computed = 0
+
+    # ---- forks
+
+    def _prompt_is_computed(self, entry: Entry) -> bool:
+        return entry.request.num_computed >= entry.request.num_prompt_tokens
+
+    def _release_forks(self, leader: Entry) -> None:
+        """The leader's prompt is computed, or it has ended: its forks take their place in the queue."""
+        for fork in leader.forks:
+            fork.parked_behind = None
+            self._num_parked -= 1
+            self.queue.push(fork)
+        leader.forks.clear()
