@@ -1,0 +1,337 @@
+"""The engine: requests in, deltas out, one step at a time.
+
+With overlap a step is dispatched before the last one's tokens are read, so the device always has work:
+
+    step()    schedule n+1 | dispatch n+1 | read n | commit n -> deltas
+    device    ...... n ............ | n+1 ...........
+
+A row whose end is found in n has one more token computed in n+1, which commit throws away.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from jinfer.config import EngineConfig
+from jinfer.errors import RequestError
+from jinfer.kv_plan import plan_kv
+from jinfer.models.decoder import Params
+from jinfer.outputs import OutputStream
+from jinfer.platform import prepare_platform
+from jinfer.request import FinishReason, OutputDelta, Request
+from jinfer.runner import Runner, StepHandle, token_logprobs
+from jinfer.sampling.params import MAX_STOP_IDS, SamplingParams
+from jinfer.schedule.scheduler import Scheduler
+from jinfer.text import ChatTemplate, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+GOLDEN = 0x9E3779B97F4A7C15  # spreads the numbers of unseeded requests over 64 bits
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot; counters grow from the engine's start. kv_cache_usage is a share of 1, tokens are counts."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    prompt_tokens: int
+    generation_tokens: int
+    num_preemptions: int
+    recompiles: int
+    num_requests_finished: dict[str, int]
+    steps: int
+    host_seconds: float  # host work: schedule, pack, dispatch, commit, detokenize; not waiting for the device
+    wait_seconds: float  # waiting for the device's tokens
+    kv_waste: float  # share of the allocated KV room that held no token, over all steps
+
+
+@dataclass
+class _Counters:
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    host_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    finished: dict[str, int] = field(default_factory=lambda: {r.value: 0 for r in FinishReason})
+
+
+class Engine:
+    """One model on one mesh. Not thread-safe: one thread owns it (see `AsyncEngine`)."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        prepare_platform(config)
+        from jinfer.models.loading import load_model
+        from jinfer.weights.hub import resolve_model
+
+        self.config = config
+        started = time.monotonic()
+        model = load_model(config)
+        self.model_config, self.folder = model.config, model.folder
+        text_folder = resolve_model(config.tokenizer) if config.tokenizer else model.folder
+        self.tokenizer = Tokenizer.from_folder(text_folder)
+        self.chat_template = ChatTemplate.from_folder(text_folder)
+        self.kv_plan = plan_kv(model.spec, model.mesh, config)
+        self.runner = Runner(model, config, self.kv_plan)
+        self.scheduler = Scheduler(
+            num_pages=self.kv_plan.pages,
+            page_size=self.kv_plan.page_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.kv_plan.max_model_len,
+            max_num_waiting=config.max_num_waiting,
+            enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
+        )
+        self.end_ids = frozenset(self.tokenizer.eos_ids) | frozenset(self.model_config.eos_token_ids)
+        self._streams: dict[Request, OutputStream] = {}
+        self._pending: StepHandle | None = None
+        self._ended: list[OutputDelta] = []  # ends that no step caused: told by the next step
+        self._counters = _Counters()
+        self._unseeded = 0
+        loaded = time.monotonic()
+        seconds = self.runner.warmup() if config.warmup else 0.0
+        logger.info("loaded in %.1f s, compiled in %.1f s", loaded - started, seconds)
+
+    # Facts
+
+    @property
+    def max_model_len(self) -> int:
+        return self.kv_plan.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished or self._pending is not None or bool(self._ended)
+
+    def stats(self) -> EngineStats:
+        s, c = self.scheduler, self._counters
+        allocated = s.allocated_tokens
+        return EngineStats(
+            num_running=s.num_running,
+            num_waiting=s.num_waiting,
+            kv_cache_usage=s.kv_usage,
+            prefix_cache_queries=s.prefix_queries,
+            prefix_cache_hits=s.prefix_hits,
+            prompt_tokens=c.prompt_tokens,
+            generation_tokens=c.generation_tokens,
+            num_preemptions=s.preemptions,
+            recompiles=self.runner.recompiles,
+            num_requests_finished=dict(c.finished),
+            steps=c.steps,
+            host_seconds=c.host_seconds,
+            wait_seconds=c.wait_seconds,
+            kv_waste=1 - s.used_tokens / allocated if allocated else 0.0,
+        )
+
+    # Requests
+
+    def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises RequestError if a request with these could not run."""
+        if len(prompt_token_ids) == 0:
+            raise RequestError("the prompt is empty: give at least one token", param="prompt")
+        vocab = self.vocab_size
+        for token in prompt_token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise RequestError(
+                    f"prompt has token id {token!r}, expected integers from 0 to {vocab - 1}", param="prompt"
+                )
+        longest = self.scheduler.capacity_tokens
+        if len(prompt_token_ids) >= longest:
+            raise RequestError(
+                f"prompt has {len(prompt_token_ids)} tokens, max_model_len is {longest}: shorten it or start with "
+                "a larger --max-model-len",
+                param="prompt",
+            )
+        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+            for token in ids:
+                if token >= vocab:
+                    raise RequestError(
+                        f"{name} has token id {token}, expected ids from 0 to {vocab - 1}", param=name
+                    )
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        arrival_time: float | None = None,
+    ) -> None:
+        """Queues a request; its n choices are forks that share the prompt's pages.
+
+        Raises:
+          RequestError: it can never run. QueueFullError: it cannot now; nothing of it stays.
+        """
+        self.validate(prompt_token_ids, params)
+        prompt = tuple(prompt_token_ids)
+        arrival = time.monotonic() if arrival_time is None else arrival_time
+        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_ids)
+        if len(end_ids) > MAX_STOP_IDS:
+            raise RequestError(f"{len(end_ids)} end tokens, at most {MAX_STOP_IDS} fit: use fewer stop_token_ids")
+        seed = self._seed(params)
+        private = "" if self.config.enable_prefix_caching else f"fork:{request_id}"
+        leader: Request | None = None
+        try:
+            for index in range(params.n):
+                request = Request(
+                    request_id=request_id,
+                    prompt_token_ids=prompt,
+                    params=params,
+                    seed=seed + index,
+                    priority=priority,
+                    arrival_time=arrival,
+                    cache_salt=private or cache_salt,
+                    cacheable=self._is_cacheable(len(prompt), params),
+                    index=index,
+                    leader=leader,
+                    end_token_ids=end_ids,
+                    max_total_tokens=self.max_model_len
+                    if params.max_tokens is None
+                    else min(self.max_model_len, len(prompt) + params.max_tokens),
+                )
+                self.scheduler.add(request)
+                self._streams[request] = OutputStream.open(request, self.tokenizer)
+                leader = leader or request
+        except RequestError:
+            for request in self.scheduler.abort(request_id):
+                self._streams.pop(request, None)
+            raise
+        self._counters.prompt_tokens += len(prompt)
+
+    def _seed(self, params: SamplingParams) -> int:
+        if params.seed is not None:
+            return params.seed
+        self._unseeded += 1
+        return ((self.config.seed + 1) * GOLDEN + self._unseeded * GOLDEN * 2) % 2**63
+
+    def _is_cacheable(self, prompt_length: int, params: SamplingParams) -> bool:
+        if not self.config.enable_prefix_caching and params.n == 1:
+            return False
+        # Beyond the original length these angles depend on the whole prompt's length, not on the prefix alone.
+        scaling = self.model_config.rope_scaling
+        original = scaling.original_max_position_embeddings or self.model_config.max_position_embeddings
+        return scaling.rope_type != "dynamic" or prompt_length <= original
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have ended."""
+        for request in self.scheduler.abort(request_id):
+            self._close(request)
+
+    def fail_all(self, message: str) -> list[OutputDelta]:
+        """Ends everything with an error: the engine's own fault."""
+        for request, stream in list(self._streams.items()):
+            self.scheduler.finish(request, FinishReason.ERROR)
+            delta = stream.delta([], "", None)
+            delta.finish_reason, delta.error = FinishReason.ERROR, message
+            self._ended.append(delta)
+        self._streams.clear()
+        self._pending = None
+        deltas, self._ended = self._ended, []
+        return deltas
+
+    def _close(self, request: Request) -> None:
+        stream = self._streams.pop(request, None)
+        if stream is not None:
+            self._count_end(request)
+            self._ended.append(stream.delta([], stream.detokenizer.flush(), None))
+
+    def _count_end(self, request: Request) -> None:
+        assert request.finish_reason is not None
+        self._counters.finished[request.finish_reason.value] += 1
+
+    # Steps
+
+    def step(self) -> list[OutputDelta]:
+        """Dispatches the next step and returns what the one before (with overlap) or this one yielded."""
+        begin = time.perf_counter()
+        waited = 0.0
+        batch = self.scheduler.schedule()
+        dispatched = self.runner.dispatch(batch) if batch is not None else None
+        ready = self._pending if self.config.async_scheduling else dispatched
+        self._pending = dispatched if self.config.async_scheduling else None
+        deltas, self._ended = self._ended, []
+        if ready is not None:
+            wait = time.perf_counter()
+            tokens = ready.tokens()
+            waited = time.perf_counter() - wait
+            self._commit(ready, tokens, deltas)
+        counters = self._counters
+        counters.steps += batch is not None
+        counters.wait_seconds += waited
+        counters.host_seconds += time.perf_counter() - begin - waited
+        return deltas
+
+    def _commit(self, handle: StepHandle, tokens: list[int], deltas: list[OutputDelta]) -> None:
+        rows = handle.batch.rows
+        if any(row.request.params.prompt_logprobs is not None and not row.from_slot for row in rows):
+            self._keep_prompt_logprobs(handle)
+        wants = any(row.request.params.logprobs is not None for row in rows)
+        table = handle.logprobs() if wants else None
+        index_of = {id(row): i for i, row in enumerate(rows)} if wants else {}
+        appended = self.scheduler.commit(handle.batch, tokens)
+        self._counters.generation_tokens += len(appended)
+        for row, token in appended:
+            request = row.request
+            stream = self._streams[request]
+            text = stream.push(token)
+            stopped_by = stream.detokenizer.stopped_by
+            if stopped_by is not None:
+                self.scheduler.finish(request, FinishReason.STOP, stopped_by)
+            if request.finished:
+                if stopped_by is None:
+                    text += stream.detokenizer.flush()
+                self._count_end(request)
+                del self._streams[request]
+            logprobs = None
+            count = request.params.logprobs
+            if count is not None and table is not None:
+                logprobs = [token_logprobs(table, index_of[id(row)], token, count)]
+            deltas.append(stream.delta([token], text, logprobs))
+
+    def _keep_prompt_logprobs(self, handle: StepHandle) -> None:
+        table, at = None, 0
+        for row in handle.batch.rows:
+            stream = self._streams.get(row.request)
+            start, count = row.start, row.count
+            if stream is not None and stream.prompt_logprobs is not None and not row.from_slot:
+                table = table or handle.prompt_logprobs()
+                assert table is not None and row.request.params.prompt_logprobs is not None
+                prompt = row.request.prompt_token_ids
+                for i in range(min(count, len(prompt) - 1 - start)):
+                    stream.prompt_logprobs[start + i + 1] = token_logprobs(
+                        table, at + i, prompt[start + i + 1], row.request.params.prompt_logprobs
+                    )
+            at += count
+
+    def drain(self) -> Iterable[OutputDelta]:
+        """Runs until nothing is left; yields deltas."""
+        while self.has_unfinished:
+            yield from self.step()
+
+    def update_weights(self, params: Params) -> None:
+        """Swaps the weights for others of the same shapes, in place and without recompiling.
+
+        What runs goes on with the new weights; cached prefixes of the old ones are not offered any more.
+
+        Raises:
+          ModelError: a parameter is missing, unknown or misshaped; nothing is changed then.
+        """
+        self.runner.update_weights(params)
+        self.scheduler.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError if the scheduler's books do not balance."""
+        self.scheduler.check_integrity()
+

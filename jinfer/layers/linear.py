@@ -1,0 +1,77 @@
+"""The one place where a product with weights happens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from jax import lax
+
+from jinfer.layers.parameter import Build, parameter
+
+
+def project(
+    weight: Float[Array, "*out *in"],
+    x: Float[Array, "T *in"],
+    *,
+    num_in: int = 1,
+    weight_first: bool = False,
+    accumulate: jax.typing.DTypeLike | None = None,
+) -> Float[Array, "T *out"]:
+    """`einsum('o...i...,ti...->to...', weight, x)`; the last `num_in` dimensions of weight and x are summed over.
+
+    Weights keep the checkpoint's order, outputs before inputs, so loading moves nothing.
+
+    weight_first: form the product as [out, T] and transpose it (see `Build.weight_first`).
+    accumulate: dtype of the result, if not x's.
+    """
+    out_shape, in_shape = weight.shape[:-num_in], weight.shape[-num_in:]
+    in_size, num_tokens = math.prod(in_shape), x.shape[0]
+    dtype = accumulate or x.dtype
+    if weight_first:
+        # Flat operands: this is the form that XLA's CPU backend hands to its matmul library as it is.
+        flat = lax.dot_general(
+            weight.reshape(-1, in_size),
+            x.reshape(num_tokens, in_size),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=dtype,
+        )
+        return flat.T.reshape(num_tokens, *out_shape)
+    w_axes = tuple(range(len(out_shape), weight.ndim))
+    x_axes = tuple(range(x.ndim - num_in, x.ndim))
+    return lax.dot_general(x, weight, ((x_axes, w_axes), ((), ())), preferred_element_type=dtype)
+
+
+class Linear(nnx.Module):
+    """y = W x + b. `shape_out` and `shape_in` may have several dimensions, so that heads stay an axis of their own.
+
+    weight [*shape_out, *shape_in]; bias [*shape_out] or None.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        shape_out: Sequence[int],
+        shape_in: Sequence[int],
+        axes_out: Sequence[str | None],
+        axes_in: Sequence[str | None],
+        *,
+        bias: bool = False,
+    ) -> None:
+        self.weight = parameter(build, (*shape_out, *shape_in), (*axes_out, *axes_in))
+        self.bias = parameter(build, shape_out, axes_out) if bias else None
+        self.num_in = len(shape_in)
+        self.weight_first = build.weight_first
+
+    def __call__(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
+        y = project(self.weight[...], x, num_in=self.num_in, weight_first=self.weight_first)
+        return y if self.bias is None else y + self.bias[...]
+
+
+def embed(table: Float[Array, "V E"], tokens: Array) -> Float[Array, "T E"]:
+    """Rows of the table; token ids are in range by the caller's check, so nothing is clamped or filled."""
+    return jnp.take(table, tokens, axis=0, mode="clip")

@@ -1,0 +1,39 @@
+"""Parameters are declared, not initialised: a shape, a dtype and logical axes. Loading fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a model is built.
+
+    dtype: of weights and activations.
+    weight_first: compute w @ x.T instead of x @ w.T. XLA's CPU matmul runs up to twice as fast this way at few rows.
+    tensor_parallel: devices that share each layer; KV heads are replicated up to it.
+    stack: None, or the number of layers that every parameter holds in a leading dimension, for `lax.scan`.
+    """
+
+    dtype: Any = jnp.float32
+    weight_first: bool = True
+    tensor_parallel: int = 1
+    stack: int | None = None
+
+
+def parameter(
+    build: Build, shape: Sequence[int], axes: Sequence[str | None], dtype: Any = None
+) -> nnx.Param:
+    """An abstract parameter; `axes` names one logical axis (or None) per dimension, see `jinfer.mesh.RULES`."""
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {tuple(shape)} and axes {tuple(axes)} differ in length")
+    full, names = tuple(shape), tuple(axes)
+    if build.stack is not None:
+        full, names = (build.stack, *full), ("layers", *names)
+    return nnx.Param(jax.ShapeDtypeStruct(full, dtype or build.dtype), logical_axes=names)

@@ -1,0 +1,130 @@
+"""From a model's name to its parameters on the mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jinfer.config import EngineConfig
+from jinfer.errors import ConfigError, ModelError
+from jinfer.layers.parameter import Build
+from jinfer.mesh import make_mesh, named_sharding
+from jinfer.models import llama
+from jinfer.models.decoder import ModelSpec, Params, skeleton
+from jinfer.models.hf_config import ModelConfig, read_config
+from jinfer.models.weight_map import WeightMap
+from jinfer.weights.hub import resolve_model
+from jinfer.weights.load import load_leaves
+from jinfer.weights.safetensors_source import open_safetensors
+
+FAMILIES: dict[str, WeightMap] = {"llama": llama.WEIGHTS}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its mesh."""
+
+    params: Params
+    mesh: Mesh
+    folder: Path
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.params.spec
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.params.spec.config
+
+
+def compute_dtype(asked: str, stored: str | None, platform: str) -> Any:
+    """The dtype of weights and activations: as asked; else float32 on CPU and the checkpoint's own elsewhere."""
+    if asked != "auto":
+        return jnp.dtype(asked)
+    if platform == "cpu":
+        return jnp.dtype("float32")
+    # float16 has too little range for the residual stream of many models; accelerators compute bfloat16 as fast.
+    return jnp.dtype("float32" if stored == "float32" else "bfloat16")
+
+
+def make_spec(config: ModelConfig, engine: EngineConfig, platform: str) -> ModelSpec:
+    """How `engine` builds the model on `platform` ("cpu", "gpu" or "tpu").
+
+    Raises:
+      ConfigError: the heads cannot be divided among the devices.
+    """
+    tensor, heads, kv_heads = (
+        engine.tensor_parallel_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
+        raise ConfigError(
+            f"tensor_parallel_size is {tensor} and the model has {heads} attention heads and {kv_heads} KV heads: "
+            "it must divide the first, and divide the second or be a multiple of it"
+        )
+    loop = engine.layer_loop
+    return ModelSpec(
+        config=config,
+        build=Build(
+            dtype=compute_dtype(engine.dtype, config.dtype, platform),
+            weight_first=platform == "cpu",
+            tensor_parallel=tensor,
+        ),
+        scan=loop == "scan" or (loop == "auto" and platform == "tpu"),
+    )
+
+
+def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:
+    """Loads the model that the configuration names onto its mesh.
+
+    Raises:
+      ModelError: the folder, its config.json or its weights cannot be used; names what is wrong.
+      ConfigError: the options do not fit the model or the machine.
+    """
+    folder = resolve_model(engine.model, engine.revision)
+    config = read_config(folder)
+    mesh = make_mesh(engine.tensor_parallel_size)
+    platform = mesh.devices.flat[0].platform
+    spec = make_spec(config, engine, "gpu" if platform in ("cuda", "rocm") else platform)
+    if _is_orbax(folder, engine.load_format):
+        from jinfer.weights.orbax_store import restore_orbax
+
+        arrays = restore_orbax(folder, targets(spec, mesh))
+    else:
+        family = FAMILIES[config.model_type]
+        source = open_safetensors(folder)
+        try:
+            arrays = load_leaves(
+                family.leaves(spec, mesh),
+                source,
+                ignored=lambda name: family.ignores(name, config),
+                progress=progress,
+            )
+        finally:
+            source.close()
+    return LoadedModel(Params(arrays, spec), mesh, folder)
+
+
+def targets(spec: ModelSpec, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter by path."""
+    result = {}
+    for path, param in skeleton(spec)[2].items():
+        abstract = param.get_value()
+        sharding = named_sharding(mesh, param.get_metadata()["logical_axes"], abstract.shape)
+        result[path] = jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=sharding)
+    return result
+
+
+def _is_orbax(folder: Path, load_format: str) -> bool:
+    from jinfer.weights.orbax_store import is_orbax_folder
+
+    found = is_orbax_folder(folder)
+    if load_format == "orbax" and not found:
+        raise ModelError(f"{folder} holds no orbax checkpoint: make one with python -m tools.convert")
+    return found and load_format != "safetensors"

@@ -1,0 +1,65 @@
+"""From a step's tokens to what callers get: text, log-probabilities, finish reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jinfer.request import FinishReason, OutputDelta, Request, TokenLogprobs
+from jinfer.text import IncrementalDetokenizer, Tokenizer
+
+
+@dataclass(eq=False)
+class OutputStream:
+    """What one running sequence has yet to tell its caller."""
+
+    request: Request
+    detokenizer: IncrementalDetokenizer
+    # Filled chunk by chunk while the prompt is computed, and told with the first delta.
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    told_prompt: bool = False
+    min_length: int = 0  # stop strings count only from this many tokens on
+
+    @classmethod
+    def open(cls, request: Request, tokenizer: Tokenizer) -> OutputStream:
+        params = request.params
+        detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            request.prompt_token_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            stop=params.stop,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+        )
+        stream = cls(request, detokenizer, min_length=params.min_tokens)
+        if params.prompt_logprobs is not None and request.index == 0:
+            stream.prompt_logprobs = [None] * request.num_prompt_tokens
+        return stream
+
+    def push(self, token: int) -> str:
+        """The text that a token adds; a token that ended the request adds none unless asked for."""
+        request = self.request
+        ended_by_token = request.finish_reason is FinishReason.STOP
+        if ended_by_token and not request.params.include_stop_str_in_output:
+            return ""
+        may_stop = len(request.output_token_ids) > self.min_length and not ended_by_token
+        return self.detokenizer.push(token, may_stop=may_stop)
+
+    def delta(self, token_ids: list[int], text: str, logprobs: list[TokenLogprobs] | None) -> OutputDelta:
+        """One delta; the first carries the prompt's log-probabilities, the last the end."""
+        request = self.request
+        delta = OutputDelta(
+            request.request_id,
+            request.index,
+            token_ids,
+            text,
+            logprobs,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached,
+        )
+        if not self.told_prompt:
+            delta.prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+            self.told_prompt = True
+        if request.finished:
+            delta.finish_reason = request.finish_reason
+            delta.stop_reason = request.stop_reason
+            delta.timings = request.timings()
+        return delta

@@ -1,0 +1,50 @@
+"""What must be said to jax before it starts a backend, and the persistent compile cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import jax
+
+from jinfer.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_platform(config: EngineConfig) -> None:
+    """Asks for enough virtual CPU devices where the CPU is the backend, and turns the compile cache on.
+
+    Both only where the caller has not: settings made before stay as they are.
+    """
+    if config.tensor_parallel_size > 1:
+        _ask_for_cpu_devices(config.tensor_parallel_size)
+    if jax.config.jax_compilation_cache_dir is None and config.compilation_cache_dir != "off":
+        folder = config.compilation_cache_dir or str(default_cache_folder())
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning("no compile cache at %s: %s", folder, error)
+            return
+        jax.config.update("jax_compilation_cache_dir", folder)
+        # Every program of a step is worth keeping: a start compiles a dozen.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def default_cache_folder() -> Path:
+    """The user's cache folder, as the XDG base directory specification has it."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "jinfer" / "xla"
+
+
+def _ask_for_cpu_devices(count: int) -> None:
+    try:
+        if jax.config.jax_num_cpu_devices < count and "host_platform_device_count" not in os.environ.get(
+            "XLA_FLAGS", ""
+        ):
+            jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        # The backend runs already; make_mesh says so if its devices are too few.
+        logger.debug("jax has started: the number of CPU devices stays as it is")

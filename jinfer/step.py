@@ -1,0 +1,162 @@
+"""One engine step as one jitted function: unpack, run the layers over paged KV, sample, write the slots.
+
+T tokens, R rows, S slots, MP pages per slot, V vocabulary; see `packing.StepShape` for what varies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jinfer.layers.attention import Attend
+from jinfer.mesh import partition_spec
+from jinfer.models.decoder import Decoder, ModelSpec, Params
+from jinfer.packing import FIELDS, FLAG_PROMPT_LOGPROBS, FLAGS, NUM_DECODE, NUM_FIELDS, NUM_LIVE, StepShape
+from jinfer.sampling.sample import Logprobs, logprobs_of, no_logprobs, sample
+from jinfer.slots import SlotState, row_params
+from pallas_kernels import paged_attention as pa
+
+# Prompt log-probabilities are computed this many tokens at a time, so that no [T, V] array exists.
+LOGPROB_BLOCK = 64
+
+
+class StepOutput(NamedTuple):
+    """What the host reads back. `prompt` is None in decode-only steps, zeros where nobody asked."""
+
+    tokens: Int[Array, "R"]
+    logprobs: Logprobs
+    prompt: Logprobs | None  # [T]
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Where layers keep their pages in the one pool, and which implementation reads them."""
+
+    pages_per_layer: int
+    page_size: int
+    implementation: str
+
+
+def paged_attend(
+    mesh: Mesh, layout: KVLayout, batch: pa.RaggedBatch, kv: Any, num_tokens: int, scale: float
+) -> Attend:
+    """Attention over pages, each device on its own heads."""
+    heads = partition_spec(("tokens", "heads", "head_dim"))
+    pool = pa.kv_partition_spec("tensor", kv=kv, implementation=layout.implementation)
+    plan = pa.prepare(batch, kv, num_tokens, implementation=layout.implementation)
+
+    def local(q: Array, k: Array, v: Array, kv: Any, plan: Any, offset: Array) -> tuple[Array, Any]:
+        kv = pa.write_kv(kv, k, v, plan, page_offset=offset)
+        return pa.attend(q, kv, plan, page_offset=offset, scale=scale), kv
+
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, pool, P(), P()),
+        out_specs=(heads, pool),
+        check_vma=False,
+    )
+
+    def attend(q: Array, k: Array, v: Array, kv: Any, layer: Array) -> tuple[Array, Any]:
+        return sharded(q, k, v, kv, plan, layer * layout.pages_per_layer)
+
+    return attend
+
+
+def make_step(spec: ModelSpec, mesh: Mesh, layout: KVLayout, shape: StepShape) -> Callable[..., Any]:
+    """The function (arrays, kv, slots, packed) -> (kv, slots, StepOutput) of one compile key."""
+    scale = spec.config.head_dim**-0.5
+
+    def step(arrays: dict[str, Array], kv: Any, state: SlotState, packed: Int[Array, "N"]):
+        part = {name: packed[a:b] for name, (a, b) in shape.sections.items()}
+        decoder = Params(arrays, spec).bind()
+        state = _apply_updates(state, part, shape)
+        slots = part["row_slot"]
+        batch = _ragged_batch(state, part, shape)
+        rows = jnp.arange(shape.num_rows) if shape.decode_only else batch.token_rows(shape.num_tokens)
+        token_slots = slots[rows]
+        positions = batch.token_positions(shape.num_tokens)
+        tokens = state.last_token[token_slots]
+        if not shape.decode_only:
+            tokens = jnp.where(part["tokens"] < 0, tokens, part["tokens"])
+        lengths = None
+        if decoder.rotary.depends_on_length:
+            prompt = state.fields[token_slots, FIELDS.index("prompt_length")]
+            lengths = jnp.maximum(prompt, positions + 1)
+        attend = paged_attend(mesh, layout, batch, kv, shape.num_tokens, scale)
+        hidden, kv = decoder(tokens, positions, attend, kv, lengths)
+        last = jnp.maximum(batch.query_starts[1:] - 1, 0)
+        state, output = _sample(decoder, hidden[last], state, part, shape)
+        prompt = None if shape.decode_only else _prompt_logprobs(decoder, hidden, part)
+        return kv, state, output._replace(prompt=prompt)
+
+    return step
+
+
+def _apply_updates(state: SlotState, part: dict[str, Array], shape: StepShape) -> SlotState:
+    table = state.page_table.at[part["page_slot"], part["page_index"]].set(part["page_id"], mode="drop")
+    fields = state.fields
+    if shape.num_admitted:
+        rows = part["admitted"].reshape(-1, NUM_FIELDS)
+        fields = fields.at[part["admitted_slot"]].set(rows, mode="drop")
+    return replace(state, page_table=table, fields=fields)
+
+
+def _ragged_batch(state: SlotState, part: dict[str, Array], shape: StepShape) -> pa.RaggedBatch:
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(part["row_count"], dtype=jnp.int32)])
+    return pa.RaggedBatch(
+        query_starts=starts,
+        context_lens=part["row_context"],
+        page_table=state.page_table[part["row_slot"]],
+        num_decode_rows=part["head"][NUM_DECODE],
+        num_rows=part["head"][NUM_LIVE],
+        decode_only=shape.decode_only,
+    )
+
+
+def _sample(
+    decoder: Decoder,
+    hidden: Float[Array, "R E"],
+    state: SlotState,
+    part: dict[str, Array],
+    shape: StepShape,
+) -> tuple[SlotState, StepOutput]:
+    slots = part["row_slot"]
+    yields = part["row_sample"] != 0
+    params = row_params(state.fields[slots], yields, part["row_context"])
+    logits = decoder.logits(hidden)
+    tokens, logprobs = sample(
+        logits, params, state.history, state.bias_ids, state.bias, state.end_ids, slots
+    )
+    # Rows that yield nothing write to the trash slot.
+    target = jnp.where(yields, slots, shape.trash_slot)
+    state = replace(
+        state,
+        last_token=state.last_token.at[target].set(tokens, mode="drop"),
+        history=state.history.at[target, tokens].add(2, mode="drop"),
+    )
+    return state, StepOutput(tokens, logprobs, None)
+
+
+def _prompt_logprobs(decoder: Decoder, hidden: Float[Array, "T E"], part: dict[str, Array]) -> Logprobs:
+    """Log-probability of each token's successor in the prompt, if any row of the step asked."""
+    num_tokens = hidden.shape[0]
+
+    def compute(hidden: Array) -> Logprobs:
+        block = min(LOGPROB_BLOCK, num_tokens)
+        pad = -num_tokens % block
+        hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, block, hidden.shape[1])
+        targets = jnp.pad(part["targets"], (0, pad)).reshape(-1, block)
+        blocks = lax.map(lambda xs: logprobs_of(decoder.logits(xs[0]), xs[1]), (hidden, targets))
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_tokens], blocks)
+
+    wanted = (part["head"][FLAGS] & FLAG_PROMPT_LOGPROBS) != 0
+    return lax.cond(wanted, compute, lambda x: no_logprobs(num_tokens), hidden)
