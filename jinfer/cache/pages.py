@@ -10,7 +10,8 @@ range:
                       cached  refcount 0, but kept: its contents can be found again until it is evicted
 
 Only `allocate` and `retain` raise a refcount, only `release` lowers it. Only a kept page can be retained, so
-a page with more than one user is, or was until `forget`, a kept one."""
+a page with more than one user is, or was until `forget`, a kept one.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +84,8 @@ class PagePool:
 
         The caller has checked `num_available`; asking for more is an IntegrityError and changes nothing.
         """
-        require(
-            count <= self.num_available, f"{count} pages asked, {self.num_available} available: check before"
-        )
+        if count > self.num_available:
+            raise IntegrityError(f"{count} pages asked, {self.num_available} available: check before")
         pages = []
         for _ in range(count):
             if self._free:
@@ -101,18 +101,22 @@ class PagePool:
     def retain(self, pages: Iterable[int]) -> None:
         """One more sequence uses these kept pages."""
         for page in pages:
-            require(self._is_kept[page], f"page {page} is private and cannot be shared")
+            if not self._is_kept[page]:
+                raise IntegrityError(f"page {page} is private and cannot be shared")
             if self._refcounts[page] == 0:
                 del self._cached[page]
             self._refcounts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One sequence less uses these pages. Order matters: what is released first is evicted first, so a
-        sequence gives its pages back from its end, and a chain of cached pages loses its leaves before its
-        root."""
+        """One sequence less uses these pages.
+
+        Order matters: what is released first is evicted first, so a sequence gives its pages back from its end,
+        and a chain of cached pages loses its leaves before its root.
+        """
         for page in pages:
             count = self._refcounts[page] - 1
-            require(count >= 0, f"page {page} is released more often than it was taken")
+            if count < 0:
+                raise IntegrityError(f"page {page} is released more often than it was taken")
             self._refcounts[page] = count
             if count == 0:
                 if self._is_kept[page]:
@@ -133,8 +137,7 @@ class PagePool:
             self._free.append(page)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless free, used and cached pages are disjoint and make up the whole
-        pool."""
+        """Raises IntegrityError unless free, used and cached pages are disjoint and make up the pool."""
         free, cached = set(self._free), set(self._cached)
         used = {page for page, count in enumerate(self._refcounts) if count > 0}
         require(len(free) == len(self._free), "a page is free twice")

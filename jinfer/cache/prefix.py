@@ -6,7 +6,8 @@ A page's key names its tokens and everything before them:
 
 so equal keys mean equal beginnings, up to a collision of a 256-bit cryptographic hash (a weaker hash would
 let one user craft a prompt that reads another's pages). Requests with different salts never share. Only full
-pages have keys."""
+pages have keys.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +33,7 @@ def page_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class PrefixCache:
-    """Maps keys to pages of one pool. It owns no page: a kept page stays findable until the pool evicts
-    it."""
+    """Maps keys to pages of one pool. It owns none: a kept page stays findable until the pool evicts it."""
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
@@ -52,8 +52,10 @@ class PrefixCache:
         return self._keys.get(page)
 
     def insert(self, key: bytes, page: int) -> None:
-        """Makes a used, full page findable. If another page has the key already, that one stays and this one
-        remains private: its owner goes on using it, and it is freed with its owner."""
+        """Makes a used, full page findable.
+
+        If another page has the key already, that one stays, and this one remains private: freed with its owner.
+        """
         if key not in self._pages:
             self._pool.keep(page)
             self._pages[key] = page

@@ -16,9 +16,7 @@ class BatchRow:
     slot: int
     start: int  # tokens computed before this step
     count: int  # tokens of this step; 1 for a decode row
-    from_slot: (
-        bool  # a decode row: its one token is the slot's last, on device, maybe unknown to the host yet
-    )
+    from_slot: bool  # a decode row: its token is the slot's last, on device, maybe unknown to the host yet
     samples: bool  # the logits of its last token are sampled, which yields one token
     # Pages appended to the slot's table in this step: table[new_page_start, new_page_start + len(new_pages)).
     # For a newly admitted row new_page_start is 0 and the pages found in the prefix cache are among them.

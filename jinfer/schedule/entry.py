@@ -17,9 +17,10 @@ class Entry:
 
     Pages of a running entry, by position (page_size tokens each):
 
-        pages[0, k)     full and findable: shared with others through the prefix cache, never written again
-        pages[k, len)   its own: only this sequence's rows write them; they hold [k * page_size, num_computed)
-        then `reserved` pages that it has been promised for the rest of its prompt but has not taken
+        pages[0, k)     full: never written again, and shared with others if the prefix cache knows them
+        pages[k, len)   its own alone: its rows write them, they hold the tokens [k * page_size, num_computed)
+
+    and `reserved` pages more that it has been promised for the rest of its prompt but has not taken.
     """
 
     request: Request

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 def check_scheduler(scheduler: Scheduler) -> None:
     """Raises IntegrityError naming the first thing that is wrong."""
     scheduler.pool.check_integrity()
-    scheduler.sharing.cache.check_integrity()
+    scheduler.running.sharing.cache.check_integrity()
     _check_whereabouts(scheduler)
     _check_pages(scheduler)
-    for entry in scheduler.running:
+    for entry in scheduler.running.entries:
         _check_registered(scheduler, entry)
-    if not scheduler.running:
+    if not scheduler.running.entries:
         pool = scheduler.pool
         require(pool.num_free + pool.num_cached == pool.num_total, "nothing runs, but pages are in use")
 
 
 def _check_whereabouts(scheduler: Scheduler) -> None:
     """Every unfinished request is in one place, every slot has one owner or none."""
-    running, queued, parked = scheduler.running, scheduler.queue.entries(), scheduler.parked()
+    running, queued, parked = scheduler.running.entries, scheduler.queue.entries(), scheduler.parked()
     everyone = running + queued + parked
     require(len(everyone) == len(set(map(id, everyone))), "a request is in two places")
     require({e.request for e in everyone} == set(scheduler.entries), "a request is lost")
@@ -48,7 +48,7 @@ def _check_whereabouts(scheduler: Scheduler) -> None:
         require(
             request.slot == -1 and request.num_computed == 0, f"{request.request_id} waits and holds a slot"
         )
-    slots = sorted([e.request.slot for e in running] + scheduler.free_slots)
+    slots = sorted([e.request.slot for e in running] + scheduler.running.free_slots)
     require(slots == list(range(scheduler.max_num_seqs)), "a slot is lost or has two owners")
 
 
@@ -58,7 +58,7 @@ def _check_pages(scheduler: Scheduler) -> None:
     pool, size = scheduler.pool, scheduler.page_size
     owners: Counter[int] = Counter()
     index_of: dict[int, int] = {}
-    for entry in scheduler.running:
+    for entry in scheduler.running.entries:
         owners.update(entry.pages)
         computed = entry.request.num_computed
         require(
@@ -78,11 +78,11 @@ def _check_pages(scheduler: Scheduler) -> None:
         require(
             pool.refcount(page) == owners[page], f"page {page} has {owners[page]} owners, refcount differs"
         )
-    reserved = sum(e.reserved for e in scheduler.running)
-    require(scheduler.reserved == reserved, "the reserved pages are miscounted")
+    reserved = sum(e.reserved for e in scheduler.running.entries)
+    require(scheduler.running.reserved == reserved, "the reserved pages are miscounted")
     require(reserved <= pool.num_available, "more pages are promised than there are")
-    slack = sum(len(e.pages) * size - e.request.num_computed for e in scheduler.running)
-    require(scheduler.slack == slack, "the unused token places are miscounted")
+    slack = sum(len(e.pages) * size - e.request.num_computed for e in scheduler.running.entries)
+    require(scheduler.running.slack == slack, "the unused token places are miscounted")
 
 
 def _check_registered(scheduler: Scheduler, entry: Entry) -> None:
@@ -91,7 +91,7 @@ def _check_registered(scheduler: Scheduler, entry: Entry) -> None:
     key = root_key(request.cache_salt)
     full = min(request.num_computed, request.num_known_tokens) // size
     for index, page in enumerate(entry.pages):
-        found = scheduler.sharing.cache.key_of(page)
+        found = scheduler.running.sharing.cache.key_of(page)
         if index < full:
             key = page_key(key, request.token_slice(index * size, (index + 1) * size))
             require(found in (None, key), f"page {page} is findable under another sequence's key")

@@ -19,14 +19,14 @@ def token_limit(request: Request, max_model_len: int, pool_tokens: int) -> int:
         raise RequestError("the prompt is empty, expected at least one token: give some text", "prompt")
     if prompt >= most:
         raise RequestError(
-            f"the prompt has {prompt} tokens and the limit of prompt and output together is {most}, which leaves "
-            "no room for output: shorten the prompt or start with a larger --max-model-len",
+            f"the prompt has {prompt} tokens and the limit of prompt and output together is {most}, which "
+            "leaves no room for output: shorten the prompt or start with a larger --max-model-len",
             "prompt",
         )
     if prompt >= room:
         raise RequestError(
-            f"the prompt has {prompt} tokens and the KV pages hold {pool_tokens}: shorten the prompt or give the "
-            "KV cache more memory",
+            f"the prompt has {prompt} tokens and the KV pages hold {pool_tokens}: shorten the prompt or give "
+            "the KV cache more memory",
             "prompt",
         )
     if asked is None:

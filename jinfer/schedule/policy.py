@@ -2,7 +2,8 @@
 
 An order is a pair (class, arrival): lower goes first. Under `fcfs` there is one class; under `priority` the
 class is the request's priority. The arrival number is given once, when the request is added, and survives
-preemption: a preempted request returns to the head of its class, before everything that came later."""
+preemption: a preempted request returns to the head of its class, before everything that came later.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +28,7 @@ def order_of(request: Request, arrival: int, policy: str) -> Order:
 
 
 class WaitingQueue:
-    """Waiting entries by order. Removal anywhere is O(1): the entry's tuple stays in the heap until it
-    surfaces."""
+    """Waiting entries by order. Removal is cheap anywhere: the entry's tuple stays in the heap until it surfaces."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[Order, Entry]] = []  # orders are unique, so entries are never compared

@@ -7,46 +7,39 @@ plan.
 Steps overlap: `schedule` may be called again before `commit` has told the last step's tokens. What it needs
 to know is certain without them: a decode row's token is in its slot on the device, and where it goes depends
 only on counts. Only an end token is a surprise: its request ends at `commit`, the row of the step already
-dispatched runs in vain, and its token is dropped. The device runs steps in order, which makes it safe to give
-pages back at once:
+dispatched runs in vain, and its token is dropped. The device runs steps in order, so pages can be given back
+at once:
 
-  A row writes only the positions [start, start + count) of its own sequence, start being the tokens computed
-  before. So it never writes a page that is findable in the prefix cache: such a page is full, it lies in [0,
-  start) of every sequence that has it, and later rows of these sequences write behind it. A row in vain was
-  dispatched before its pages were given back. Their next owner's rows are dispatched later, so they run
-  later, overwrite what was left there, and read only positions they (or the cache) have written. And the next
-  owner makes a page findable only when its own writes have filled it: those that run after the one in vain. A
-  page that becomes findable as its sequence ends at an end token holds the end token's KV, correct and
-  dispatched. The token sampled in vain behind it is never known, so no page that would hold it is ever full
-  of known tokens.
+- A row writes only the positions [start, start + count) of its own sequence, start being the tokens computed
+  before. So it never writes a page that is findable in the prefix cache: such a page is full, it lies in
+  [0, start) of every sequence that has it, and later rows of these sequences write behind it.
+- A row in vain was dispatched before its pages were given back. Their next owner's rows are dispatched later,
+  so they run later, overwrite what was left there, and read only positions that they or the cache have
+  written. The next owner makes a page findable when its own rows, which run after the one in vain, filled it.
+- A page that an end token fills holds that token's KV if its row is dispatched: it becomes findable, rightly.
+  The token sampled in vain behind it is never known, so no page with a place for it becomes findable.
 
 A page becomes findable for the steps after the one that fills it, not for rows of the same step: within a
-step an attention kernel may read pages in any order.
+step an attention kernel may read and write pages in any order.
 
 Nothing starves: the queue is kept by (class, arrival), its head blocks everything behind it, and the running
 request that is first in that order is never preempted for another, so it ends, and so does the next. (Under
-`priority` a steady stream of urgent requests does hold back the others: that is what was asked for.)"""
+`priority` a steady stream of urgent requests does hold back the others: that is what was asked for.)
+"""
 
 from __future__ import annotations
 
-import heapq
 import time
-from bisect import insort
 from collections.abc import Sequence
 
-from jinfer.cache.pages import PagePool
 from jinfer.errors import ConfigError, QueueFullError, RequestError
 from jinfer.request import FinishReason, Request, RequestState
 from jinfer.schedule.batch import Batch, BatchRow
-from jinfer.schedule.entry import NEVER, Entry
+from jinfer.schedule.entry import Entry
 from jinfer.schedule.integrity import check_scheduler
 from jinfer.schedule.limits import token_limit
 from jinfer.schedule.policy import WaitingQueue, check_policy, order_of
-from jinfer.schedule.sharing import PageSharing
-
-
-def _by_order(entry: Entry) -> tuple[int, int]:
-    return entry.order
+from jinfer.schedule.running import RunningSet
 
 
 class Scheduler:
@@ -61,7 +54,8 @@ class Scheduler:
 
     Counters: prefix_queries and prefix_hits (prompt tokens looked up and found, once per request),
     preemptions, allocated_tokens and used_tokens (summed over steps: room in the pages in use, and how much
-    of it holds KV)."""
+    of it holds KV).
+    """
 
     def __init__(
         self,
@@ -78,7 +72,8 @@ class Scheduler:
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {max_num_batched_tokens}, less than max_num_seqs "
-                f"({max_num_seqs}): every running sequence needs a token a step, raise the one or lower the other"
+                f"({max_num_seqs}): every running sequence needs a token a step, raise the one or lower the "
+                "other"
             )
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
@@ -86,17 +81,15 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_num_waiting = max_num_waiting
         self.policy = check_policy(policy)
-        self.pool = PagePool(num_pages)
-        self.sharing = PageSharing(self.pool, page_size, only_forks=not enable_prefix_caching)
+        self.running = RunningSet(
+            num_pages, page_size, max_num_seqs, only_forks_share=not enable_prefix_caching
+        )
+        self.pool = self.running.pool
 
-        self.entries: dict[Request, Entry] = {}
+        self.entries: dict[Request, Entry] = {}  # every unfinished request
         self._by_id: dict[str, list[Entry]] = {}
-        self.running: list[Entry] = []  # by order
         self.queue = WaitingQueue()
         self._num_parked = 0
-        self.free_slots = list(range(max_num_seqs))  # a heap: low slots first keeps the runner's arrays dense
-        self.reserved = 0  # available pages that are promised to running entries: the sum of their `reserved`
-        self.slack = 0  # token places in running entries' pages that hold no KV yet
         self._arrivals = 0
         self._next_step = 0
         self._last_commit = -1
@@ -115,7 +108,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self.running)
+        return len(self.running.entries)
 
     @property
     def num_waiting(self) -> int:
@@ -128,8 +121,7 @@ class Scheduler:
 
     @property
     def capacity_tokens(self) -> int:
-        """The most tokens, prompt and output, that one request can have here. The last one's KV is never
-        needed."""
+        """The most tokens, prompt and output, one request can have here (the last one's KV is not needed)."""
         return min(self.max_model_len, self.pool.num_total * self.page_size + 1)
 
     def parked(self) -> list[Entry]:
@@ -137,8 +129,7 @@ class Scheduler:
         return [fork for entry in self.entries.values() for fork in entry.forks]
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError if the books do not balance. Takes time: for tests and for when the engine is
-        idle."""
+        """Raises IntegrityError if the books do not balance. Slow: for tests, and when the engine is idle."""
         check_scheduler(self)
 
     # ---- requests come and go
@@ -168,8 +159,7 @@ class Scheduler:
             self.queue.push(entry)
 
     def abort(self, request_id: str) -> list[Request]:
-        """Ends every request (all forks) of that id; their slots and pages are free at once. Unknown id:
-        []."""
+        """Ends every request (all forks) of that id; slots and pages are free at once. Unknown id: []."""
         entries = self._by_id.get(request_id, [])
         # Forks first: ending their leader would only move them into the queue.
         ended = list(reversed(entries))
@@ -188,12 +178,12 @@ class Scheduler:
             request.stop_reason = stop_reason
 
     def reset_prefix_cache(self) -> None:
-        """Makes every cached page unfindable, for instance because the weights have changed. What runs goes
-        on with its pages, whose KV is partly of the old weights, so they are not offered to others later
-        either."""
-        self.sharing.cache.reset()
-        for entry in self.running:
-            entry.register_at = NEVER
+        """Makes every cached page unfindable: the weights have changed, or a dispatched step has failed.
+
+        What runs goes on with its pages. Their KV is partly of the old weights, so they are never offered to
+        others; requests admitted from now on start anew.
+        """
+        self.running.reset_prefix_cache()
 
     # ---- one step
 
@@ -206,34 +196,32 @@ class Scheduler:
         budget = self._prefill_running(rows, self.max_num_batched_tokens - num_decode_rows, filled)
         admitted: list[Request] = []
         # A step that had to take pages from someone has none for newcomers.
-        if budget and self.free_slots and self.preemptions == preemptions:
+        if budget and self.preemptions == preemptions:
             budget = self._admit_waiting(rows, budget, filled, admitted)
         if not rows:
             return None
         for entry in filled:
-            self.sharing.register(entry)
+            self.running.sharing.register(entry)
             if entry.forks and self._prompt_is_computed(entry):
                 self._release_forks(entry)
         in_use = self.pool.num_used * self.page_size
         self.allocated_tokens += in_use
-        self.used_tokens += in_use - self.slack
+        self.used_tokens += in_use - self.running.slack
         step = self._next_step
         self._next_step += 1
         return Batch(step, rows, num_decode_rows, self.max_num_batched_tokens - budget, admitted)
 
     def _decode_rows(self, filled: list[Entry]) -> list[BatchRow]:
-        """One row for every running entry whose next token is in its slot and which may sample another
-        one."""
+        """One row for every running entry that decodes and may sample another token."""
         rows: list[BatchRow] = []
-        running, page_size = self.running, self.page_size
+        running, page_size = self.running.entries, self.page_size
         index = 0
         # Not a for loop: making room removes entries from the end of `running`, those that have no row yet.
         while index < len(running):
             entry = running[index]
             request = entry.request
             start = request.num_computed
-            # to_sample 0: its last token is in flight, so its end is certain and another row would be in
-            # vain.
+            # to_sample 0: its last token is in flight, so its end is certain.
             if start < entry.prefill_end or not entry.to_sample:
                 index += 1
                 continue
@@ -242,9 +230,7 @@ class Scheduler:
             if start == num_pages * page_size:
                 if not self._make_room(entry):
                     break  # it was the last of `running`, and is no longer in it
-                new_pages = self.pool.allocate(1)
-                entry.pages += new_pages
-                self.slack += page_size
+                new_pages = self.running.grow(entry)
             rows.append(BatchRow(request, request.slot, start, 1, True, True, num_pages, new_pages))
             start += 1
             request.num_computed = start
@@ -253,13 +239,13 @@ class Scheduler:
             if start >= entry.register_at:
                 filled.append(entry)
             index += 1
-        self.slack -= len(rows)
+        self.running.slack -= len(rows)
         return rows
 
     def _prefill_running(self, rows: list[BatchRow], budget: int, filled: list[Entry]) -> int:
         """Adds chunks of the prompts that are being computed; returns the budget that is left. Their pages
         are reserved since admission, so they never have to make room."""
-        for entry in self.running:
+        for entry in self.running.entries:
             if not budget:
                 break
             start = entry.request.num_computed
@@ -273,13 +259,14 @@ class Scheduler:
     ) -> int:
         """Admits from the head of the queue and adds their first chunks; returns the budget that is left. The
         head blocks those behind it, however small: otherwise a large request could wait forever."""
-        while budget and self.free_slots:
+        while budget and self.running.free_slots:
             entry = self.queue.head()
-            # A preempted request waits until the host knows all its tokens, so that it can compute them
-            # again.
-            if entry is None or entry.request.num_in_flight or not self._admit(entry):
+            # A preempted request waits until all its tokens are known, to be computed again.
+            if entry is None or entry.request.num_in_flight or not self.running.admit(entry):
                 break
+            self.queue.remove(entry)
             request = entry.request
+            self._note_admission(request)
             admitted.append(request)
             budget -= self._chunk(entry, request.num_computed, budget, 0, rows)
             filled.append(entry)
@@ -290,13 +277,8 @@ class Scheduler:
         request = entry.request
         count = min(budget, entry.prefill_end - start)
         end = start + count
-        needed = -(-end // self.page_size) - len(entry.pages)
-        if needed > 0:
-            entry.pages += self.pool.allocate(needed)
-            entry.reserved -= needed
-            self.reserved -= needed
-            self.slack += needed * self.page_size
-        self.slack -= count
+        self.running.take_promised(entry, end)
+        self.running.slack -= count
         samples = end == entry.prefill_end
         new_pages = entry.pages[new_page_start:]
         rows.append(BatchRow(request, request.slot, start, count, False, samples, new_page_start, new_pages))
@@ -306,57 +288,32 @@ class Scheduler:
             entry.to_sample -= 1
         return count
 
-    def _admit(self, entry: Entry) -> bool:
-        """Gives the queue's head a slot, its cached pages, and the promise of pages for the rest of its known
-        tokens. False, with nothing changed: the pages do not suffice."""
-        request, page_size = entry.request, self.page_size
-        prefill_end = request.num_known_tokens
-        hits = self.sharing.find(entry, prefill_end)
-        fresh = -(-prefill_end // page_size) - len(hits)
-        # Pages found that nobody uses are available now, and no longer once this entry has them.
-        unused = sum(1 for page in hits if self.pool.refcount(page) == 0)
-        # A newcomer is the first to be preempted. If the others can push it out within their next page,
-        # admitting it is work thrown away.
-        growing = sum(1 for e in self.running if -(-(e.limit - 1) // page_size) > len(e.pages) + e.reserved)
-        if fresh + unused + growing > self.pool.num_available - self.reserved:
-            return False
-        self.queue.remove(entry)
-        self.pool.retain(hits)
-        entry.pages = hits
-        entry.reserved = fresh
-        self.reserved += fresh
-        entry.prefill_end = prefill_end
-        entry.to_sample = entry.limit - prefill_end
-        self.sharing.start_registering(entry, len(hits))
-        insort(self.running, entry, key=_by_order)
-        request.state = RequestState.RUNNING
-        request.slot = heapq.heappop(self.free_slots)
-        request.num_computed = len(hits) * page_size
+    def _note_admission(self, request: Request) -> None:
+        """Times and counts the first admission; one after a preemption is no new look-up."""
         if request.scheduled_time is None:
             request.scheduled_time = time.monotonic()
             request.num_cached = request.num_computed
-            if self.sharing.looks_up(request):
+            if self.running.sharing.looks_up(request):
                 self.prefix_queries += request.num_prompt_tokens
                 self.prefix_hits += request.num_cached
-        return True
 
     def _make_room(self, entry: Entry) -> bool:
         """Sees to it that a page can be allocated, by preempting the last of `running` until one can. False:
         that was `entry` itself."""
-        while self.pool.num_available - self.reserved < 1:
-            victim = self.running[-1]
+        while self.running.num_unclaimed < 1:
+            victim = self.running.entries[-1]
             self._preempt(victim)
             if victim is entry:
                 return False
         return True
 
     def commit(self, batch: Batch, tokens: Sequence[int]) -> list[tuple[BatchRow, int]]:
-        """Takes the tokens of a step, tokens[i] sampled by batch.rows[i] (any number where a row samples
-        nothing).
+        """Takes the tokens of a step: tokens[i], an int, is what batch.rows[i] sampled (any int if none).
 
         Steps are committed in their order. Returns the rows whose token was appended to its request; a
         request that has ended since the step was dispatched gets nothing. Ends those whose token is an end
-        token or the last."""
+        token or the last one.
+        """
         if batch.step_id <= self._last_commit or len(tokens) != len(batch.rows):
             raise ValueError(
                 f"step {batch.step_id} with {len(tokens)} tokens for {len(batch.rows)} rows after step "
@@ -374,9 +331,8 @@ class Scheduler:
             entry = entries.get(request)
             if entry is None:
                 continue
-            # A request preempted since then is waiting: its token is as good as any, it was sampled from its
-            # pages before they changed hands. It cannot be running again, because it waits for its tokens in
-            # flight.
+            # If it was preempted since, the token is as good as any: it was sampled before its pages changed
+            # hands. It cannot be running again yet: it waits for its tokens in flight.
             output = request.output_token_ids
             output.append(token)
             appended.append((row, token))
@@ -384,7 +340,7 @@ class Scheduler:
             if len(output) == 1:
                 request.first_token_time = now
             if known >= entry.register_at:
-                self.sharing.register(entry)
+                self.running.sharing.register(entry)
             if token in request.end_token_ids:
                 is_stop_token = token in request.params.stop_token_ids
                 self._end(entry, FinishReason.STOP, token if is_stop_token else None)
@@ -397,7 +353,7 @@ class Scheduler:
     def _preempt(self, entry: Entry) -> None:
         """Takes everything from a running entry and puts it back into the queue, ahead of all that came after
         it. Its tokens in flight stay valid and are appended at their commit."""
-        self._give_back(entry)
+        self.running.leave(entry)
         request = entry.request
         request.state = RequestState.WAITING
         request.num_preemptions += 1
@@ -408,7 +364,7 @@ class Scheduler:
         """Ends a request wherever it is: running, queued or parked."""
         request = entry.request
         if request.state is RequestState.RUNNING:
-            self._give_back(entry)
+            self.running.leave(entry)
         elif entry.is_queued:
             self.queue.remove(entry)
         elif entry.parked_behind is not None:
@@ -425,19 +381,6 @@ class Scheduler:
         request.finish_reason = reason
         request.stop_reason = stop_reason
         request.finish_time = time.monotonic()
-
-    def _give_back(self, entry: Entry) -> None:
-        request = entry.request
-        self.running.remove(entry)
-        self.slack -= len(entry.pages) * self.page_size - request.num_computed
-        self.pool.release(reversed(entry.pages))  # the leaves of the chain are evicted before its root
-        self.reserved -= entry.reserved
-        heapq.heappush(self.free_slots, request.slot)
-        entry.pages = []
-        entry.reserved = entry.prefill_end = entry.to_sample = 0
-        entry.register_at = NEVER
-        request.slot = -1
-        request.num_computed = 0
 
     # ---- forks
 

@@ -1,5 +1,4 @@
-"""The prefix cache as the scheduler uses it: which of an entry's pages are cached already, and which become
-so."""
+"""The prefix cache as the scheduler uses it: which of an entry's pages are cached, and which become so."""
 
 from __future__ import annotations
 
@@ -10,8 +9,7 @@ from jinfer.schedule.entry import NEVER, Entry
 
 
 class PageSharing:
-    """Hashes an entry's pages, each at most once in its life and only when it is asked for or has filled
-    up."""
+    """Hashes an entry's pages, each at most once, and only when it is looked up or has filled."""
 
     def __init__(self, pool: PagePool, page_size: int, only_forks: bool) -> None:
         self.cache = PrefixCache(pool)
@@ -19,16 +17,17 @@ class PageSharing:
         self._only_forks = only_forks
 
     def looks_up(self, request: Request) -> bool:
-        """Whether this request may use cached pages. Logprobs of the prompt need every prompt token computed
-        (those of a group come from its leader)."""
+        """Whether this request may use cached pages."""
+        # Logprobs of the prompt need every prompt token computed. Those of a group come from its leader.
         if request.leader is not None:
             return request.cacheable
         return request.cacheable and not self._only_forks and request.params.prompt_logprobs is None
 
     def find(self, entry: Entry, num_tokens: int) -> list[int]:
-        """Cached pages of the longest beginning of the entry's first `num_tokens` tokens, which are known. At
-        least the last token is left to compute: its logits are needed. The caller retains the pages at
-        once."""
+        """Cached pages of the longest beginning of the entry's first `num_tokens` tokens, which are known.
+
+        At least the last token is left to compute: its logits are needed. The caller retains the pages at once.
+        """
         pages: list[int] = []
         if self.looks_up(entry.request):
             for index in range((num_tokens - 1) // self._page_size):
@@ -39,8 +38,7 @@ class PageSharing:
         return pages
 
     def start_registering(self, entry: Entry, num_found: int) -> None:
-        """Pages behind the `num_found` first ones become findable as they fill up, if the request allows
-        it."""
+        """Pages behind the first `num_found` become findable as they fill, if the request allows it."""
         entry.register_at = (num_found + 1) * self._page_size if entry.request.cacheable else NEVER
 
     def register(self, entry: Entry) -> None:
