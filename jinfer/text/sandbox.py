@@ -1,8 +1,8 @@
 """Jinja for the chat templates that model authors write: a sandbox with limits on time and size.
 
 Jinja's own sandbox keeps a template out of Python's internals; it does not keep it from looping for ever or
-from filling the memory. Here every loop pass and every macro looks at a deadline, and the operations that make
-a value much larger than what they are given are measured before they run.
+from filling the memory. Here every loop pass and every macro looks at a deadline, and the operations that can
+make a value much larger than what they are given are measured before they run.
 """
 
 import contextlib

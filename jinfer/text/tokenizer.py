@@ -88,15 +88,18 @@ class Tokenizer:
         """
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise RequestError(_surrogate_message(text, error)) from error
+        except TypeError:
+            _refuse_surrogates(text)
+            raise
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts at once, on several threads."""
         try:
             encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError:
-            return [self.encode(text, add_special_tokens) for text in texts]
+        except TypeError:
+            for text in texts:
+                _refuse_surrogates(text)
+            raise
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -135,11 +138,15 @@ def clean_up(text: str) -> str:
     return text
 
 
-def _surrogate_message(text: str, error: UnicodeEncodeError) -> str:
-    return (
-        f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}, "
-        "which is not valid Unicode: remove it, or send the character whole"
-    )
+def _refuse_surrogates(text: str) -> None:
+    """Says why the library took a text for no text at all."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}, which is not valid Unicode: remove it, or send the character whole"
+        ) from error
 
 
 def _read_plainly(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:

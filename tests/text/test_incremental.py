@@ -1,0 +1,171 @@
+"""Streamed text equals decoded text, stop strings never leak, and a token costs microseconds."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jinfer.text.incremental import IncrementalDetokenizer, StopFinder
+from jinfer.text.pieces import Kind
+from jinfer.text.tokenizer import Tokenizer
+
+KINDS = {
+    "byte_level": Kind.BYTE_LEVEL,
+    "extra_tokens": Kind.BYTE_LEVEL,
+    "sentencepiece": Kind.METASPACE,
+    "gemma_like": Kind.METASPACE,
+    "llama_class": Kind.METASPACE,
+    "metaspace": Kind.METASPACE,
+    "wordpiece": Kind.OTHER,
+}
+many = settings(max_examples=300, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders):
+    return {kind: Tokenizer.from_folder(folders[kind]) for kind in KINDS}
+
+
+def stream(tokenizer, ids, prompt=(), **options) -> tuple[list[str], IncrementalDetokenizer]:
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt, **options)
+    return [*(detokenizer.push(i) for i in ids), detokenizer.flush()], detokenizer
+
+
+def token_ids(tokenizer):
+    """Ids anywhere in the vocabulary and a little beyond, and ids of text with many multi-byte characters."""
+    anywhere = st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=40)
+    written = st.text(alphabet="aé日😀 .,'\n\t!ntsre", max_size=20).map(lambda text: tokenizer.encode(text))
+    mixed = st.tuples(written, anywhere, written).map(lambda parts: [*parts[0], *parts[1], *parts[2]])
+    return st.one_of(anywhere, written, mixed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_is_recognized(tokenizers, kind):
+    assert tokenizers[kind].pieces.kind is KINDS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), skip=st.booleans())
+@many
+def test_deltas_join_to_the_decoded_text(tokenizers, kind, data, skip):
+    tokenizer = tokenizers[kind]
+    ids = data.draw(token_ids(tokenizer))
+    deltas, detokenizer = stream(tokenizer, ids, skip_special_tokens=skip)
+    assert "".join(deltas) == detokenizer.text == tokenizer.decode(ids, skip)
+    assert tokenizer.cleans_up_spaces or detokenizer.decoded_length == len(detokenizer.text)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wordpiece"])
+@given(data=st.data(), skip=st.booleans())
+@many
+def test_output_continues_the_prompt(tokenizers, kind, data, skip):
+    tokenizer = tokenizers[kind]
+    prompt = data.draw(st.one_of(st.just([]), st.just([1]), st.just(tokenizer.encode("the dog. 日本 x"))))
+    ids = data.draw(token_ids(tokenizer))
+    deltas, _ = stream(tokenizer, ids, prompt, skip_special_tokens=skip)
+    whole = tokenizer.decode([*prompt, *ids], skip)
+    assert tokenizer.decode(prompt, skip) + "".join(deltas) == whole
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_a_character_begun_in_the_prompt_is_completed(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode("x👧", add_special_tokens=False)
+    for cut in range(len(tokenizer.encode("x", add_special_tokens=False)), len(ids)):
+        assert "".join(stream(tokenizer, ids[cut:], ids[:cut])[0]) == "👧"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_no_delta_shows_a_part_of_a_character(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    text = "größer 😀👩‍👩‍👧 наука"
+    deltas, _ = stream(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    assert "".join(deltas) == text
+    assert not any("\ufffd" in delta for delta in deltas)
+    assert sum(map(bool, deltas)) > 3
+
+
+def first_complete(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """What a reader who checks after every single character finds."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+pieces = st.lists(st.text(alphabet="ab.", max_size=4), max_size=12)
+stop_lists = st.lists(st.text(alphabet="ab.", min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@given(pieces, stop_lists)
+@many
+def test_stop_is_found_whatever_the_pieces(parts, stops):
+    finder = StopFinder(stops)
+    shown, stopped_by = "", None
+    for part in parts:
+        delta, stopped_by = finder.feed(part)
+        shown += delta
+        expected, _ = first_complete("".join(parts), stops)
+        assert expected.startswith(shown), "a part of a stop string leaked"
+        if stopped_by is not None:
+            break
+    if stopped_by is None:
+        shown += finder.finish()
+    assert (shown, stopped_by) == first_complete("".join(parts), stops)
+
+
+@given(pieces, stop_lists)
+@many
+def test_nothing_is_held_back_without_need(parts, stops):
+    finder = StopFinder(stops)
+    seen = shown = ""
+    for part in parts:
+        delta, stopped_by = finder.feed(part)
+        if stopped_by is not None:
+            break
+        seen, shown = seen + part, shown + delta
+        held = seen[len(shown) :]
+        assert held == "" or any(stop.startswith(held) for stop in stops)
+
+
+def test_stop_waits_for_min_tokens():
+    finder = StopFinder(["ab"])
+    assert finder.feed("xab", may_stop=False) == ("xab", None)
+    assert finder.feed("ya", may_stop=False) == ("y", None)
+    # Complete only now, when it may act.
+    assert finder.feed("bz") == ("", "ab")
+
+
+@pytest.mark.parametrize(("include", "expected"), [(False, "the quick "), (True, "the quick brow")])
+def test_stop_string_ends_the_text(tokenizers, include, expected):
+    tokenizer = tokenizers["byte_level"]
+    ids = tokenizer.encode("the quick brown fox", add_special_tokens=False)
+    deltas, detokenizer = stream(tokenizer, ids, stop=["fox", "brow"], include_stop_str_in_output=include)
+    assert "".join(deltas) == detokenizer.text == expected
+    assert detokenizer.stopped_by == "brow"
+    assert detokenizer.push(ids[0]) == detokenizer.flush() == ""
+
+
+def test_unfinished_stop_string_comes_with_the_flush(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    deltas, detokenizer = stream(tokenizer, tokenizer.encode("the dog", False), stop=["dog!"])
+    assert deltas[-1] == "dog"
+    assert (detokenizer.text, detokenizer.stopped_by) == ("the dog", None)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+@pytest.mark.parametrize("stop", [[], ["\n\nUser:", "</answer>", "###"]])
+def test_a_token_costs_microseconds(tokenizers, kind, stop):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode("the quick brown fox jumps over the lazy dog. " * 100, add_special_tokens=False)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        stream(tokenizer, ids, stop=stop)
+        return (time.perf_counter() - start) / len(ids)
+
+    # 1 to 2 microseconds on a quiet machine.
+    assert min(seconds() for _ in range(5)) < 10e-6
