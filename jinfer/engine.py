@@ -179,7 +179,9 @@ class Engine:
         arrival = time.monotonic() if arrival_time is None else arrival_time
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_ids)
         if len(end_ids) > MAX_STOP_IDS:
-            raise RequestError(f"{len(end_ids)} end tokens, at most {MAX_STOP_IDS} fit: use fewer stop_token_ids")
+            raise RequestError(
+                f"{len(end_ids)} end tokens, at most {MAX_STOP_IDS} fit: use fewer stop_token_ids"
+            )
         seed = self._seed(params)
         private = "" if self.config.enable_prefix_caching else f"fork:{request_id}"
         leader: Request | None = None
@@ -307,7 +309,8 @@ class Engine:
             start, count = row.start, row.count
             if stream is not None and stream.prompt_logprobs is not None and not row.from_slot:
                 table = table or handle.prompt_logprobs()
-                assert table is not None and row.request.params.prompt_logprobs is not None
+                assert table is not None
+                assert row.request.params.prompt_logprobs is not None
                 prompt = row.request.prompt_token_ids
                 for i in range(min(count, len(prompt) - 1 - start)):
                     stream.prompt_logprobs[start + i + 1] = token_logprobs(
@@ -334,4 +337,3 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises IntegrityError if the scheduler's books do not balance."""
         self.scheduler.check_integrity()
-

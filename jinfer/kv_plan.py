@@ -79,12 +79,12 @@ def plan_kv(spec: ModelSpec, mesh: Mesh, config: EngineConfig) -> KVPlan:
         limit = max(limit, int(limit * (spec.config.rope_scaling.factor or 1.0)))
     wanted = config.max_model_len or limit
     if wanted > limit:
-        raise ConfigError(
-            f"max_model_len is {wanted}, the model knows positions up to {limit}: lower it"
-        )
+        raise ConfigError(f"max_model_len is {wanted}, the model knows positions up to {limit}: lower it")
     size = config.block_size
     per_slot = math.ceil(wanted / size)
-    most = config.max_num_seqs * per_slot + 1  # more than every slot at its longest is never used by running rows
+    most = (
+        config.max_num_seqs * per_slot + 1
+    )  # more than every slot at its longest is never used by running rows
     bytes_per_page = page_bytes(spec, size, config.tensor_parallel_size, config.attention_backend)
     pages = config.num_gpu_blocks_override
     if pages is None:

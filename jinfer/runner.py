@@ -97,7 +97,9 @@ class Runner:
         self.kv = self._zeros(self._abstract_kv)
         self.slots: SlotState = self._zeros(self._abstract_slots)
         self._load_tables = jax.jit(
-            load_tables, donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, self._abstract_slots)
+            load_tables,
+            donate_argnums=0,
+            out_shardings=jax.tree.map(lambda x: x.sharding, self._abstract_slots),
         )
         self._write_pages = jax.jit(
             _write_pages, donate_argnums=0, out_shardings=self._abstract_slots.page_table.sharding
@@ -121,10 +123,12 @@ class Runner:
         )
         specs = pa.kv_partition_spec("tensor", kv=shape, implementation=plan.implementation)
         return jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(self.mesh, p)), shape, specs
+            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(self.mesh, p)),
+            shape,
+            specs,
         )
 
-    def _slot_shapes(self) -> SlotState:
+    def _slot_shapes(self) -> Any:
         vocab = self.spec.config.vocab_size
         shapes = slot_shapes(self.config.max_num_seqs, self.kv_plan.pages_per_slot, vocab)
         history = named_sharding(self.mesh, (None, "vocab"), shapes.history.shape)
@@ -166,7 +170,6 @@ class Runner:
     def lower(self, shape: StepShape) -> Any:
         """The step of one shape, lowered for this runner's mesh."""
         step = make_step(self.spec, self.mesh, self._layout, shape)
-        abstract = {path: target for path, target in targets(self.spec, self.mesh).items()}
         packed = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=self._replicated)
         jitted = jax.jit(
             step,
@@ -177,7 +180,7 @@ class Runner:
                 self._replicated,
             ),
         )
-        return jitted.lower(abstract, self._abstract_kv, self._abstract_slots, packed)
+        return jitted.lower(targets(self.spec, self.mesh), self._abstract_kv, self._abstract_slots, packed)
 
     def warmup(self) -> float:
         """Compiles every step; returns the seconds it took."""
@@ -255,7 +258,9 @@ class Runner:
         wanted = targets(self.spec, self.mesh)
         if set(given) != set(wanted):
             missing, extra = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-            raise ModelError(f"update_weights: missing {missing[:5]}, unknown {extra[:5]}: give the same tree")
+            raise ModelError(
+                f"update_weights: missing {missing[:5]}, unknown {extra[:5]}: give the same tree"
+            )
         for path, target in wanted.items():
             if tuple(given[path].shape) != tuple(target.shape):
                 raise ModelError(

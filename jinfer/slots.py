@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ class SlotState:
     last_token: Int[Array, "S"]
     page_table: Int[Array, "S MP"]
     fields: Int[Array, "S F"]  # sampling parameters, see `packing.FIELDS`
-    history: Int[Array, "S V"]  # 2 * (times in the output) + (1 if in the prompt); set where a request needs it
+    history: Int[
+        Array, "S V"
+    ]  # 2 * (times in the output) + (1 if in the prompt); set where a request needs it
     bias_ids: Int[Array, "S B"]  # V where unused
     bias: Float[Array, "S B"]
     end_ids: Int[Array, "S N"]  # V where unused
@@ -38,7 +41,7 @@ def slot_shapes(num_slots: int, pages_per_slot: int, vocab_size: int) -> SlotSta
     """Shapes of the state, the trash slot included."""
     rows = num_slots + 1
 
-    def shape(dtype, *size: int) -> jax.ShapeDtypeStruct:
+    def shape(dtype, *size: int) -> Any:  # a ShapeDtypeStruct stands for the array
         return jax.ShapeDtypeStruct((rows, *size), dtype)
 
     return SlotState(

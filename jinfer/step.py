@@ -65,8 +65,8 @@ def paged_attend(
         check_vma=False,
     )
 
-    def attend(q: Array, k: Array, v: Array, kv: Any, layer: Array) -> tuple[Array, Any]:
-        return sharded(q, k, v, kv, plan, layer * layout.pages_per_layer)
+    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
+        return sharded(q, k, v, cache, plan, layer * layout.pages_per_layer)
 
     return attend
 
@@ -133,9 +133,7 @@ def _sample(
     yields = part["row_sample"] != 0
     params = row_params(state.fields[slots], yields, part["row_context"])
     logits = decoder.logits(hidden)
-    tokens, logprobs = sample(
-        logits, params, state.history, state.bias_ids, state.bias, state.end_ids, slots
-    )
+    tokens, logprobs = sample(logits, params, state.history, state.bias_ids, state.bias, state.end_ids, slots)
     # Rows that yield nothing write to the trash slot.
     target = jnp.where(yields, slots, shape.trash_slot)
     state = replace(

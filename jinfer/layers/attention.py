@@ -17,9 +17,7 @@ from jinfer.layers.rope import rotate
 class Attend(Protocol):
     """Keeps this step's keys and values and attends: (q [T,H,D], k [T,K,D], v [T,K,D], cache, layer) -> (y, cache)."""
 
-    def __call__(
-        self, q: Array, k: Array, v: Array, cache: Any, layer: jax.Array
-    ) -> tuple[Array, Any]: ...
+    def __call__(self, q: Array, k: Array, v: Array, cache: Any, layer: jax.Array) -> tuple[Array, Any]: ...
 
 
 def replicated_kv_heads(num_heads: int, num_kv_heads: int, tensor_parallel: int) -> int:
@@ -32,15 +30,26 @@ class Attention(nnx.Module):
     product makes all three and sharding on K keeps every group whole on its device."""
 
     def __init__(
-        self, build: Build, embed: int, num_heads: int, num_kv_heads: int, head_dim: int, *,
-        qkv_bias: bool, out_bias: bool,
+        self,
+        build: Build,
+        embed: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool,
+        out_bias: bool,
     ) -> None:
         self.num_kv_heads = replicated_kv_heads(num_heads, num_kv_heads, build.tensor_parallel)
         self.group = num_heads // self.num_kv_heads
         self.num_heads, self.head_dim = num_heads, head_dim
         self.qkv = Linear(
-            build, (self.num_kv_heads, self.group + 2, head_dim), (embed,),
-            ("kv_heads", None, "head_dim"), ("embed",), bias=qkv_bias,
+            build,
+            (self.num_kv_heads, self.group + 2, head_dim),
+            (embed,),
+            ("kv_heads", None, "head_dim"),
+            ("embed",),
+            bias=qkv_bias,
         )
         self.out = Linear(
             build, (embed,), (num_heads, head_dim), ("embed",), ("heads", "head_dim"), bias=out_bias

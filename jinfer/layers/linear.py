@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 from jax import lax
+from jaxtyping import Array, Float
 
 from jinfer.layers.parameter import Build, parameter
 

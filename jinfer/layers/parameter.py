@@ -27,9 +27,7 @@ class Build:
     stack: int | None = None
 
 
-def parameter(
-    build: Build, shape: Sequence[int], axes: Sequence[str | None], dtype: Any = None
-) -> nnx.Param:
+def parameter(build: Build, shape: Sequence[int], axes: Sequence[str | None], dtype: Any = None) -> nnx.Param:
     """An abstract parameter; `axes` names one logical axis (or None) per dimension, see `jinfer.mesh.RULES`."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {tuple(shape)} and axes {tuple(axes)} differ in length")

@@ -23,7 +23,6 @@ from jinfer.layers.rope import Rotary
 from jinfer.layers.stack import LayerStack
 from jinfer.models.hf_config import ModelConfig
 
-
 _ROTARY_FIELDS = {f.name for f in fields(Rotary)}
 
 
@@ -72,9 +71,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, build: Build, *, scan: bool) -> None:
         self.embedding = parameter(build, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
-        self.stack = LayerStack(
-            build, config.num_hidden_layers, lambda b: DecoderLayer(config, b), scan=scan
-        )
+        self.stack = LayerStack(build, config.num_hidden_layers, lambda b: DecoderLayer(config, b), scan=scan)
         self.norm = RMSNorm(build, config.hidden_size, config.rms_norm_eps)
         self.head = (
             None

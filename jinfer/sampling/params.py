@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from jinfer.errors import RequestError
 
@@ -84,7 +85,7 @@ class SamplingParams:
             _check(_is_number(v) and (v > low if open_low else v >= low) and v <= high, name, v, text)
 
         def integer(name: str, low: int, high: int, optional: bool = False) -> None:
-            v = getattr(self, name)
+            v: Any = getattr(self, name)
             if v is None and optional:
                 return
             _check(_is_int(v) and low <= v <= high, name, v, f"an integer from {low} to {high}")

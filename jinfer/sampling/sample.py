@@ -178,9 +178,7 @@ def choose(logits: Array, rows: RowParams) -> Int[Array, "R"]:
         warm = when(MIN_P, lambda x: keep_min_p(x, rows.min_p), warm)
         return jnp.where((rows.features & RANDOM) != 0, draw(warm, rows), greedy)
 
-    return lax.cond(
-        (any_of & RANDOM) != 0, random, lambda x: jnp.argmax(x, axis=1).astype(jnp.int32), logits
-    )
+    return lax.cond((any_of & RANDOM) != 0, random, lambda x: jnp.argmax(x, axis=1).astype(jnp.int32), logits)
 
 
 def sample(

@@ -1,0 +1,325 @@
+"""The engine in a thread of its own, for asyncio callers: the server's side of the engine.
+
+Commands reach the engine thread through one queue; deltas come back in one call per step and event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinfer.config import EngineConfig
+from jinfer.engine import Engine, EngineStats
+from jinfer.errors import EngineDeadError, JinferError, RequestError
+from jinfer.models.decoder import Params
+from jinfer.request import OutputDelta
+from jinfer.sampling.params import SamplingParams
+from jinfer.text import ChatTemplate, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+IDLE_CHECK_SECONDS = 30.0  # an idle engine checks its books this often at most
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(eq=False)
+class _Stream:
+    """One running request as its asyncio caller sees it."""
+
+    loop: asyncio.AbstractEventLoop
+    open_choices: int
+    items: asyncio.Queue[OutputDelta | BaseException] = field(default_factory=asyncio.Queue)
+
+    def put(self, items: list[OutputDelta | BaseException]) -> None:
+        for item in items:
+            self.items.put_nowait(item)
+
+
+class AsyncEngine:
+    """Runs an `Engine` in a thread. `start()` returns at once; `wait_ready()` waits for load and compilation."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.error: str | None = None
+        self.default_params: dict[str, Any] = {}
+        self._engine: Engine | None = None
+        self._ready: Future[None] = Future()
+        self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}  # touched by the engine thread only
+        self._draining = False
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="jinfer-engine", daemon=True)
+
+    # Life
+
+    def start(self) -> None:
+        """Starts loading and compiling in the engine's thread."""
+        self._thread.start()
+
+    async def wait_ready(self) -> None:
+        """Returns when requests can be served; raises what made the start fail."""
+        await asyncio.shield(asyncio.wrap_future(self._ready))
+
+    @property
+    def is_ready(self) -> bool:
+        return self._engine is not None and self.is_healthy and not self._draining
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.error is None and not self._stopped
+
+    def shutdown(self) -> None:
+        """Stops the engine's thread; running requests end with an error."""
+        self._stopped = True
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=60)
+
+    async def drain(self, timeout: float) -> None:
+        """Accepts no more requests, gives the running ones `timeout` seconds, then aborts the rest."""
+        self._draining = True
+        if self._engine is None:
+            return
+        deadline = asyncio.get_running_loop().time() + timeout
+        while await self._num_streams() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+
+        def abort_all(engine: Engine) -> None:
+            for request_id in list(self._streams):
+                engine.abort(request_id)
+
+        await self._call(abort_all)
+        while await self._num_streams():
+            await asyncio.sleep(0.01)
+
+    async def _num_streams(self) -> int:
+        return await self._call(lambda engine: len(self._streams)) if self.is_healthy else 0
+
+    # Facts about the model; available once ready
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineDeadError(self.error or "the engine is still loading: await wait_ready() first")
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self.engine.chat_template
+
+    @property
+    def model_name(self) -> str:
+        return self.config.model
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.vocab_size
+
+    def stats(self) -> EngineStats:
+        """A snapshot; reading it does not wait for the engine."""
+        return self.engine.stats()
+
+    # Requests
+
+    def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises RequestError if a request with these could not run."""
+        self.engine.validate(prompt_token_ids, params)
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[OutputDelta]:
+        """Deltas of all n choices as they come; ends when all are finished.
+
+        Closing the iterator aborts the request and frees its pages.
+
+        Raises:
+          RequestError, QueueFullError: the request was not taken. EngineDeadError: the engine failed.
+        """
+        if self._draining:
+            raise EngineDeadError("the engine is shutting down and takes no more requests")
+        stream = _Stream(asyncio.get_running_loop(), params.n)
+        open_choices = params.n
+
+        def add(engine: Engine) -> None:
+            if request_id in self._streams:
+                raise RequestError(f"request id {request_id!r} is running already: choose another")
+            engine.add_request(request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+            self._streams[request_id] = stream
+
+        try:
+            await self._call(add)
+            while open_choices:
+                item = await stream.items.get()
+                if isinstance(item, BaseException):
+                    raise item
+                open_choices -= item.finish_reason is not None
+                yield item
+        finally:
+            if open_choices and self.is_healthy:
+                # Not awaited: this also runs while the caller is being cancelled.
+                self._commands.put(lambda engine: self._forget(engine, request_id, stream))
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its stream gets a last delta with FinishReason.ABORT."""
+        await self._call(lambda engine: engine.abort(request_id))
+
+    async def update_weights(self, params: Params) -> None:
+        """Swaps the weights between two steps; see `Engine.update_weights`."""
+        await self._call(lambda engine: engine.update_weights(params))
+
+    async def check_integrity(self) -> None:
+        """Raises IntegrityError if the scheduler's books do not balance."""
+        await self._call(lambda engine: engine.check_integrity())
+
+    def _forget(self, engine: Engine, request_id: str, stream: _Stream) -> None:
+        if self._streams.get(request_id) is stream:
+            engine.abort(request_id)
+            del self._streams[request_id]
+
+    async def _call(self, function: Callable[[Engine], Any]) -> Any:
+        """Runs a function in the engine's thread and returns its result, or raises what it raised."""
+        if not self.is_healthy:
+            raise EngineDeadError(self.error or "the engine was shut down")
+        result: Future[Any] = Future()
+
+        def command(engine: Engine) -> None:
+            if not result.set_running_or_notify_cancel():
+                return
+            try:
+                result.set_result(function(engine))
+            except JinferError as error:
+                result.set_exception(error)
+            except BaseException as error:
+                result.set_exception(EngineDeadError(f"the engine failed: {error}"))
+                raise
+
+        self._commands.put(command)
+        try:
+            return await asyncio.wrap_future(result)
+        except asyncio.CancelledError:
+            # The caller is gone. If the command has run all the same, its own clean-up follows in the queue.
+            raise
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        try:
+            engine = Engine(self.config)
+            self.default_params = generation_defaults(engine.folder)
+            self._engine = engine
+        except BaseException as error:
+            self.error = f"the engine could not start: {error}"
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        try:
+            self._loop(engine)
+            message = "the engine was shut down"
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self.error = message = f"the engine failed: {type(error).__name__}: {error}"
+        self._end_all(engine, message)
+
+    def _loop(self, engine: Engine) -> None:
+        is_checked = True
+        while True:
+            try:
+                while True:
+                    # An idle engine sleeps here until a command comes.
+                    busy = engine.has_unfinished
+                    command = self._commands.get(
+                        block=not busy, timeout=None if is_checked else IDLE_CHECK_SECONDS
+                    )
+                    if command is None:
+                        return
+                    command(engine)
+                    is_checked = False
+            except queue.Empty:
+                if not engine.has_unfinished:
+                    engine.check_integrity()
+                    is_checked = True
+                    continue
+            self._deliver(engine.step())
+
+    def _deliver(self, deltas: list[OutputDelta]) -> None:
+        ready: dict[str, list[OutputDelta | BaseException]] = {}
+        for delta in deltas:
+            ready.setdefault(delta.request_id, []).append(delta)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, list[Any]]]] = {}
+        for request_id, items in ready.items():
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue
+            stream.open_choices -= sum(item.finish_reason is not None for item in items)
+            if stream.open_choices <= 0:
+                del self._streams[request_id]
+            by_loop.setdefault(stream.loop, []).append((stream, items))
+        for loop, entries in by_loop.items():
+            _call_soon(loop, lambda entries=entries: [stream.put(items) for stream, items in entries])
+
+    def _end_all(self, engine: Engine, message: str) -> None:
+        self._stopped = True
+        for stream in self._streams.values():
+            error = EngineDeadError(message)
+            _call_soon(stream.loop, lambda stream=stream, error=error: stream.put([error]))
+        self._streams.clear()
+        try:
+            engine.fail_all(message)
+        except Exception:
+            logger.debug("after the failure the books could not be closed", exc_info=True)
+        # Commands that came too late must not wait for ever.
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command is not None:
+                try:
+                    command(engine)
+                except BaseException:
+                    logger.debug("a command after the failure failed", exc_info=True)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> None:
+    try:
+        loop.call_soon_threadsafe(function)
+    except RuntimeError:
+        logger.debug("the caller's event loop is closed: its deltas are dropped")
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """Sampling defaults that the model's generation_config.json states; {} where it states none."""
+    try:
+        values = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("generation_config.json is left out: %s", error)
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    if values.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {k: values[k] for k in GENERATION_KEYS if isinstance(values.get(k), int | float)}

@@ -1,0 +1,195 @@
+"""`LLM`: offline batches in a few lines."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from jinfer.config import EngineConfig
+from jinfer.engine import Engine
+from jinfer.errors import RequestError
+from jinfer.models.decoder import Params
+from jinfer.request import Completion, OutputDelta, RequestOutput
+from jinfer.sampling.params import SamplingParams
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+PROGRESS_FROM = 8  # shorter batches show no bar
+
+_numbers = itertools.count()
+
+
+class LLM:
+    """One model, ready to answer batches.
+
+    Args:
+      model: folder, hub id, or the bundled model's name.
+      options: any other field of `EngineConfig`, for instance max_model_len=2048 or tensor_parallel_size=2.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        if model is not None:
+            options["model"] = model
+        self.engine = Engine(EngineConfig(**options))
+
+    @property
+    def tokenizer(self):
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts, text or token ids; results come in the prompts' order.
+
+        Args:
+          sampling_params: one for all, or one per prompt; default: `SamplingParams()`.
+          priority: one per prompt; lower runs first under scheduling_policy="priority".
+          use_tqdm: show a progress bar on batches of eight and more.
+
+        Raises:
+          RequestError: a prompt or parameter is refused; nothing of the batch has run then.
+        """
+        many = _as_list(prompts)
+        token_ids = [self.encode(p) if isinstance(p, str) else list(p) for p in many]
+        texts = [p if isinstance(p, str) else None for p in many]
+        return self._run(token_ids, texts, _per_prompt(sampling_params, len(many)), priority, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several at once.
+
+        Args:
+          messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+          template_options: for the chat template: tools, add_generation_prompt, continue_final_message,
+            chat_template_kwargs.
+
+        Raises:
+          RequestError: the model has no chat template, or a conversation is malformed.
+        """
+        template = self.engine.chat_template
+        if template is None:
+            raise RequestError(f"{self.engine.config.model} has no chat template: use generate()")
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        chats: Iterable[Any] = messages if several else [messages]
+        texts = [template.render(chat, **template_options) for chat in chats]
+        token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return self._run(token_ids, list(texts), _per_prompt(sampling_params, len(texts)), None, use_tqdm)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, special tokens of the model's convention included."""
+        return self.tokenizer.encode(text)
+
+    def update_weights(self, params: Params) -> None:
+        """Swaps the weights in place, without recompiling; see `Engine.update_weights`."""
+        self.engine.update_weights(params)
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        texts: Sequence[str | None],
+        params: list[SamplingParams],
+        priority: Sequence[int] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        for prompt, p in zip(prompts, params, strict=True):
+            self.engine.validate(prompt, p)
+        ids = [f"llm-{next(_numbers)}" for _ in prompts]
+        results = {
+            request_id: _Result(request_id, text, prompt, p.n)
+            for request_id, text, prompt, p in zip(ids, texts, prompts, params, strict=True)
+        }
+        waiting = list(zip(ids, prompts, params, priority or [0] * len(ids), strict=True))[::-1]
+        bar = tqdm(total=len(ids), unit="request", disable=not use_tqdm or len(ids) < PROGRESS_FROM)
+        try:
+            with bar:
+                self._feed(waiting)
+                while self.engine.has_unfinished:
+                    for delta in self.engine.step():
+                        if delta.request_id in results and results[delta.request_id].add(delta):
+                            bar.update()
+                    self._feed(waiting)
+        except BaseException:
+            # An interrupted batch leaves an engine that can go on.
+            for request_id in ids:
+                self.engine.abort(request_id)
+            for _ in self.engine.drain():
+                pass
+            raise
+        return [results[request_id].output() for request_id in ids]
+
+    def _feed(self, waiting: list[tuple[str, list[int], SamplingParams, int]]) -> None:
+        """Hands over as many requests as the engine's queue takes."""
+        limit = self.engine.config.max_num_waiting
+        while waiting and self.engine.scheduler.num_waiting + waiting[-1][2].n <= limit:
+            request_id, prompt, params, priority = waiting.pop()
+            self.engine.add_request(request_id, prompt, params, priority=priority)
+
+
+class _Result:
+    """A request's deltas, put together."""
+
+    def __init__(self, request_id: str, prompt: str | None, token_ids: list[int], n: int) -> None:
+        self.request_id, self.prompt, self.prompt_token_ids = request_id, prompt, token_ids
+        self.prompt_logprobs: Any = None
+        self.num_cached = 0
+        self.choices = [Completion(i, "", [], None, None, None, None) for i in range(n)]
+        self.texts: list[list[str]] = [[] for _ in range(n)]
+        self.open = n
+
+    def add(self, delta: OutputDelta) -> bool:
+        """True if this delta ended the request."""
+        choice = self.choices[delta.index]
+        choice.token_ids.extend(delta.token_ids)
+        self.texts[delta.index].append(delta.text)
+        if delta.logprobs is not None:
+            choice.logprobs = [*(choice.logprobs or []), *delta.logprobs]
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.num_cached = max(self.num_cached, delta.num_cached_tokens if delta.index == 0 else 0)
+        if delta.finish_reason is None:
+            return False
+        choice.finish_reason, choice.stop_reason = delta.finish_reason.value, delta.stop_reason
+        choice.timings = delta.timings
+        choice.text = "".join(self.texts[delta.index])
+        self.open -= 1
+        return self.open == 0
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            self.prompt_logprobs,
+            self.choices,
+            self.num_cached,
+        )
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt")
+    return list(params)
