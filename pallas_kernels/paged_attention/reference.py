@@ -1,6 +1,6 @@
 """Paged attention written to be read: dense, float32, one token at a time. The oracle of every other implementation.
 
-KV layout: [P, S, 2, K, D], the XLA path's.
+KV layout: [P, 2, K, S, D], the XLA path's.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> RaggedBatch:
 
 
 def write_kv(kv, k, v, batch: RaggedBatch, *, page_offset):
-    page, slot = batch.token_slots(k.shape[0], kv.shape[1])
-    return kv.at[page + page_offset, slot].set(jnp.stack([k, v], axis=1).astype(kv.dtype))
+    page, slot = batch.token_slots(k.shape[0], kv.shape[3])
+    return kv.at[page + page_offset, :, :, slot].set(jnp.stack([k, v], axis=1).astype(kv.dtype))
 
 
 def attend(q, kv, batch: RaggedBatch, *, page_offset, scale, sliding_window, soft_cap, sinks):
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = kv.shape[3]
+    num_kv_heads = kv.shape[2]
     rows = batch.token_rows(num_tokens)
     positions = batch.token_positions(num_tokens)
 
     def one_token(token):
         query, row, position = token
         pages = kv[batch.page_table[row] + page_offset].astype(jnp.float32)
-        keys, values = (jnp.reshape(pages[:, :, i], (-1, num_kv_heads, head_dim)) for i in (0, 1))
+        keys, values = (pages[:, i].swapaxes(1, 2).reshape(-1, num_kv_heads, head_dim) for i in (0, 1))
         keys, values = (jnp.repeat(x, num_heads // num_kv_heads, axis=1) for x in (keys, values))
         logits = jnp.einsum("hd,lhd->hl", query.astype(jnp.float32), keys, precision="highest") * scale
         if soft_cap is not None:

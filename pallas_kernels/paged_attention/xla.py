@@ -1,11 +1,21 @@
 """Paged attention in plain XLA: the fast path on CPU, and the path of devices that no kernel serves.
 
-KV layout: [P, S, 2, K, D]. One token's K and V for all heads are one contiguous slice, so a write is one small copy.
+KV layout: [P, 2, K, S, D]. One page of one head is contiguous, so a page is fetched straight into the [K, tokens, D]
+order that XLA's batched products read at memory speed. Measured on CPU, the layout [P, S, 2, K, D] makes the whole
+decode step two to three times slower.
+
+How it runs:
+
+* Decode rows are sorted by context length and taken a few at a time; each group loops over blocks of KV tokens up to
+  its own longest row, with an online softmax. Groups are small so that a block stays in the cache between being
+  fetched and being multiplied.
+* Prompt chunks are cut into tiles of queries; each tile loops over the blocks of its row up to its last query.
+* Every loop is bounded by live rows, tiles and contexts, so padding costs nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -13,12 +23,43 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.dispatch import current_platform
 from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
 
 NEGATIVE = -1e30  # stands for minus infinity where a difference of two of them must stay finite
-DECODE_BLOCK = 64  # KV tokens per step of the decode loop
-TILE = 64  # queries per tile of a prompt chunk
-TILE_BLOCK = 128  # KV tokens per step of a tile's loop
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of the loops, all static.
+
+    Attributes:
+      decode_rows: decode rows per group.
+      decode_tokens: KV tokens per step of a group's loop.
+      tile_queries: query tokens per tile of a prompt chunk.
+      tile_tokens: KV tokens per step of a tile's loop.
+    """
+
+    decode_rows: int
+    decode_tokens: int
+    tile_queries: int
+    tile_tokens: int
+
+
+def choose_blocks(spec: KVSpec, max_rows: int, num_tokens: int) -> Blocks:
+    """Block sizes for this platform. On CPU a block of keys should fit half of a core's second-level cache."""
+    if current_platform() != "cpu":
+        return Blocks(max_rows, 128, min(128, num_tokens), 256)
+    token_bytes = spec.num_kv_heads * spec.head_dim * 4
+    budget = 512 * 1024
+    rows = min(max_rows, max(4, _power_of_two(budget // (32 * token_bytes))))
+    tokens = min(256, max(32, _power_of_two(budget // (rows * token_bytes))))
+    return Blocks(rows, tokens, min(64, num_tokens), 64)
+
+
+def _power_of_two(value: int) -> int:
+    """The largest power of two that is not above value, and at least 1."""
+    return 1 << max(value.bit_length() - 1, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -27,18 +68,34 @@ class Plan:
     """What every layer of a step needs and no layer changes.
 
     Attributes:
-      batch: the step's rows.
-      pages, slots: int32[T]. Where each token's KV goes.
-      tile_rows, tile_starts: int32[T // TILE + R]. The row and the first flat token of each tile of queries.
+      num_tokens, num_decode_rows: int32[], live ones.
+      pages, slots: int32[R]. Where each decode row's new token is kept.
+      write_pages, write_starts: int32[W]. A page that a prompt chunk writes to, and the flat token at its slot 0.
+      write_low, write_high: int32[W]. The flat tokens of the row that the page takes are those in [low, high).
+      num_writes: int32[]. Live entries of the four.
+      rank: int32[R]. Each decode row's place among the rows sorted by context.
+      order: int32[N]. The sorted rows, N = R rounded up to whole groups.
+      lasts, table: int32[N], int32[N, MP]. The sorted rows' last position (-1: not a decode row) and pages.
+      tile_rows, tile_starts: int32[...]. The row and the first flat token of each tile of queries.
       num_tiles: int32[]. Live tiles.
     """
 
     batch: RaggedBatch
     pages: jax.Array
     slots: jax.Array
+    write_pages: jax.Array
+    write_starts: jax.Array
+    write_low: jax.Array
+    write_high: jax.Array
+    num_writes: jax.Array
+    rank: jax.Array
+    order: jax.Array
+    lasts: jax.Array
+    table: jax.Array
     tile_rows: jax.Array
     tile_starts: jax.Array
     num_tiles: jax.Array
+    blocks: Blocks = field(metadata={"static": True})
 
 
 def why_not(spec: KVSpec) -> str | None:
@@ -46,115 +103,253 @@ def why_not(spec: KVSpec) -> str | None:
 
 
 def kv_shape(spec: KVSpec) -> jax.ShapeDtypeStruct:
-    shape = (spec.num_pages, spec.page_size, 2, spec.num_kv_heads, spec.head_dim)
+    shape = (spec.num_pages, 2, spec.num_kv_heads, spec.page_size, spec.head_dim)
     return jax.ShapeDtypeStruct(shape, spec.dtype)
 
 
 def kv_partition_spec(tensor_axis: str | None) -> PartitionSpec:
-    return PartitionSpec(None, None, None, tensor_axis, None)
+    return PartitionSpec(None, None, tensor_axis, None, None)
 
 
 def kv_spec(kv) -> KVSpec | None:
-    if getattr(kv, "ndim", None) != 5 or kv.shape[2] != 2:
+    if getattr(kv, "ndim", None) != 5 or kv.shape[1] != 2:
         return None
-    pages, page_size, _, heads, head_dim = kv.shape
+    pages, _, heads, page_size, head_dim = kv.shape
     return KVSpec(pages, page_size, heads, head_dim, kv.dtype)
 
 
 def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> Plan:
-    pages, slots = batch.token_slots(num_tokens, spec.page_size)
+    blocks = choose_blocks(spec, batch.max_rows, num_tokens)
     row = jnp.arange(batch.max_rows, dtype=jnp.int32)
-    length = batch.query_starts[1:] - batch.query_starts[:-1]
-    tiles = jnp.where(row < batch.num_decode_rows, 0, -(-length // TILE))
-    ends = jnp.cumsum(tiles, dtype=jnp.int32)
-    item = jnp.arange(num_tokens // TILE + batch.max_rows, dtype=jnp.int32)
-    tile_rows = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), batch.max_rows - 1)
-    tile_starts = batch.query_starts[tile_rows] + (item - (ends - tiles)[tile_rows]) * TILE
-    return Plan(batch, pages, slots, tile_rows, tile_starts, ends[-1])
+    decodes = row < batch.num_decode_rows
+    chunk_lens = jnp.where(decodes, 0, batch.query_starts[1:] - batch.query_starts[:-1])
+
+    last = jnp.where(decodes, batch.context_lens - 1, -1)
+    slot_page = jnp.take_along_axis(batch.page_table, jnp.maximum(last, 0)[:, None] // spec.page_size, axis=1)
+
+    order = jnp.argsort(-last).astype(jnp.int32)
+    rank = jnp.argsort(order).astype(jnp.int32)
+    padding = -batch.max_rows % blocks.decode_rows
+    order = jnp.pad(order, (0, padding))
+    lasts = jnp.where(jnp.arange(order.shape[0]) < batch.num_decode_rows, last[order], -1)
+
+    if batch.decode_only:
+        chunk = _no_chunks()
+    else:
+        chunk = _chunk_writes(batch, chunk_lens, num_tokens, spec.page_size)
+        chunk |= _chunk_tiles(batch, chunk_lens, num_tokens, blocks.tile_queries)
+    return Plan(
+        batch=batch,
+        pages=slot_page[:, 0],
+        slots=jnp.maximum(last, 0) % spec.page_size,
+        rank=rank,
+        order=order,
+        lasts=lasts,
+        table=batch.page_table[order],
+        blocks=blocks,
+        **chunk,
+    )
+
+
+def _no_chunks() -> dict[str, jax.Array]:
+    lists = ("write_pages", "write_starts", "write_low", "write_high", "tile_rows", "tile_starts")
+    empty = dict.fromkeys(lists, jnp.zeros((0,), jnp.int32))
+    return empty | dict.fromkeys(("num_writes", "num_tiles"), jnp.zeros((), jnp.int32))
+
+
+def _work_list(counts: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lays out counts[r] items of each row r one after the other: (row, index within the row, live items)."""
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    item = jnp.arange(size, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), counts.shape[0] - 1)
+    return row, item - (ends - counts)[row], ends[-1]
+
+
+def _chunk_writes(
+    batch: RaggedBatch, lens: jax.Array, num_tokens: int, page_size: int
+) -> dict[str, jax.Array]:
+    first_position = batch.context_lens - lens
+    first_page = first_position // page_size
+    counts = jnp.where(lens > 0, (batch.context_lens - 1) // page_size - first_page + 1, 0)
+    # A chunk of n tokens touches at most n // page_size + 2 pages.
+    row, index, total = _work_list(counts, num_tokens // page_size + 2 * batch.max_rows)
+    page = first_page[row] + index
+    return {
+        "write_pages": batch.page_table[row, page],
+        "write_starts": batch.query_starts[row] + page * page_size - first_position[row],
+        "write_low": batch.query_starts[row],
+        "write_high": batch.query_starts[row + 1],
+        "num_writes": total,
+    }
+
+
+def _chunk_tiles(batch: RaggedBatch, lens: jax.Array, num_tokens: int, tile: int) -> dict[str, jax.Array]:
+    row, index, total = _work_list(-(-lens // tile), num_tokens // tile + batch.max_rows)
+    return {"tile_rows": row, "tile_starts": batch.query_starts[row] + index * tile, "num_tiles": total}
 
 
 def write_kv(kv, k, v, plan: Plan, *, page_offset):
-    new = jnp.stack([k, v], axis=1).astype(kv.dtype)[:, None, None]
+    """Decode rows are written token by token, prompt chunks page by page: each write is one small copy in place.
 
-    def write(token, kv):
-        at = (plan.pages[token] + page_offset, plan.slots[token], 0, 0, 0)
-        return lax.dynamic_update_slice(kv, new[token], at)
+    XLA's scatter on CPU is a slow loop over single tokens.
+    """
+    k, v = k.astype(kv.dtype), v.astype(kv.dtype)
+    page_size = kv.shape[3]
 
-    return lax.fori_loop(0, plan.batch.num_tokens, write, kv)
+    def one_token(row, kv):
+        new = jnp.stack([lax.dynamic_index_in_dim(x, row, keepdims=False) for x in (k, v)])
+        at = (plan.pages[row] + page_offset, 0, 0, plan.slots[row], 0)
+        return lax.dynamic_update_slice(kv, new[None, :, :, None], at)
+
+    kv = lax.fori_loop(0, plan.batch.num_decode_rows, one_token, kv)
+    if plan.batch.decode_only:
+        return kv
+
+    def one_page(item, kv):
+        token = plan.write_starts[item] + jnp.arange(page_size, dtype=jnp.int32)
+        new = jnp.stack(
+            [x.at[jnp.clip(token, 0, x.shape[0] - 1)].get(mode="promise_in_bounds") for x in (k, v)]
+        )
+        at = (plan.write_pages[item] + page_offset, 0, 0, 0, 0)
+        old = lax.dynamic_slice(kv, at, (1, *kv.shape[1:]))
+        mine = (token >= plan.write_low[item]) & (token < plan.write_high[item])
+        page = jnp.where(mine[:, None], jnp.swapaxes(new, 1, 2)[None], old)
+        return lax.dynamic_update_slice(kv, page, at)
+
+    return lax.fori_loop(0, plan.num_writes, one_page, kv)
 
 
 def attend(q, kv, plan: Plan, *, page_offset, scale, sliding_window, soft_cap, sinks):
-    batch = plan.batch
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = kv.shape[2]
+    heads = (num_kv_heads, num_heads // num_kv_heads)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, *heads)
     run = partial(
-        _attend_rows, kv=kv, page_offset=page_offset, window=sliding_window, soft_cap=soft_cap, sinks=sinks
+        _attend_blocks,
+        kv=kv,
+        page_offset=page_offset,
+        window=sliding_window,
+        soft_cap=soft_cap,
     )
-    scaled = q.astype(jnp.float32) * scale
-    rows = min(batch.max_rows, q.shape[0])
-    live = jnp.arange(rows) < batch.num_decode_rows
-    last = jnp.where(live, batch.context_lens[:rows], 0) - 1
-    output = run(scaled[:rows, None], last[:, None], batch.page_table[:rows], block=DECODE_BLOCK)[:, 0]
-    if batch.decode_only:
-        return output.astype(q.dtype)
-    output = jnp.pad(output, ((0, q.shape[0] + TILE - rows), (0, 0), (0, 0)))
-    padded = jnp.pad(scaled, ((0, TILE), (0, 0), (0, 0)))
+    output = _attend_decodes(q, plan, run, heads, scale, sinks)
+    if plan.batch.decode_only:
+        return output[plan.rank].astype(q.dtype)
+    token = jnp.arange(num_tokens)
+    rank = plan.rank[jnp.minimum(token, plan.batch.max_rows - 1)]
+    decodes = token < plan.batch.num_decode_rows
+    output = jnp.where(decodes[:, None, None], output[rank], 0.0).astype(q.dtype)
+    return _attend_tiles(q, output, plan, run, heads, scale, sinks)
+
+
+def _attend_decodes(q, plan: Plan, run, heads, scale, sinks):
+    """Returns float32 [N, H, D] in the order of the sorted rows."""
+    size = plan.blocks.decode_rows
+    num_rows, shape = plan.order.shape[0], q.shape[1:]
+    q = q[plan.order].astype(jnp.float32) * scale
+    q = q.reshape(num_rows, *heads, shape[1])
+
+    def group(start):
+        rows = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        result = run(
+            rows(q), rows(plan.lasts)[:, None], rows(plan.table), sinks=sinks, block=plan.blocks.decode_tokens
+        )
+        return result.reshape(size, *shape)
+
+    if num_rows == size:
+        return group(0)
+
+    def step(index, output):
+        return lax.dynamic_update_slice_in_dim(output, group(index * size), index * size, 0)
+
+    num_groups = (plan.batch.num_decode_rows + size - 1) // size
+    return lax.fori_loop(0, num_groups, step, jnp.zeros((num_rows, *shape), jnp.float32))
+
+
+def _attend_tiles(q, output, plan: Plan, run, heads, scale, sinks):
+    """Fills in the prompt chunks' rows of output [T, H, D]."""
+    batch, size = plan.batch, plan.blocks.tile_queries
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, groups = heads
+    if sinks is not None:
+        sinks = jnp.repeat(sinks, size, axis=2)
 
     def one_tile(item, output):
-        row, start = plan.tile_rows[item], plan.tile_starts[item]
-        queries = lax.dynamic_slice_in_dim(padded, start, TILE)
-        token = start + jnp.arange(TILE, dtype=jnp.int32)
+        row, first = plan.tile_rows[item], plan.tile_starts[item]
         end = batch.query_starts[row + 1]
-        position = jnp.where(token < end, batch.context_lens[row] - end + token, -1)
-        result = run(queries[None], position[None], batch.page_table[row][None], block=TILE_BLOCK)[0]
-        # Tiles come in token order, so what this one writes past its row's end the next one overwrites.
-        return lax.dynamic_update_slice_in_dim(output, result, start, 0)
+        # The last tile may reach past the array. It is moved back, and the tokens before `first` are not its own.
+        start = jnp.minimum(first, num_tokens - size)
+        token = start + jnp.arange(size, dtype=jnp.int32)
+        mine = (token >= first) & (token < end)
+        position = jnp.where(mine, batch.context_lens[row] - end + token, -1)
+        tile = lax.dynamic_slice_in_dim(q, start, size).astype(jnp.float32) * scale
+        tile = tile.reshape(size, num_kv_heads, groups, head_dim).transpose(1, 2, 0, 3)
+        result = run(
+            tile.reshape(1, num_kv_heads, groups * size, head_dim),
+            jnp.tile(position, groups)[None],
+            lax.dynamic_slice_in_dim(batch.page_table, row, 1),
+            sinks=sinks,
+            block=plan.blocks.tile_tokens,
+        )
+        result = result.reshape(num_kv_heads, groups, size, head_dim).transpose(2, 0, 1, 3)
+        result = result.reshape(size, num_heads, head_dim).astype(output.dtype)
+        old = lax.dynamic_slice_in_dim(output, start, size)
+        return lax.dynamic_update_slice_in_dim(output, jnp.where(mine[:, None, None], result, old), start, 0)
 
-    return lax.fori_loop(0, plan.num_tiles, one_tile, output)[: q.shape[0]].astype(q.dtype)
+    return lax.fori_loop(0, plan.num_tiles, one_tile, output)
 
 
-def _attend_rows(q, position, page_table, *, kv, page_offset, window, soft_cap, sinks, block):
-    """Attention of q [N, Q, H, D] (scaled, float32), each query at position [N, Q] of its own row; -1 sees nothing.
+def _attend_blocks(q, position, table, *, kv, page_offset, window, soft_cap, sinks, block):
+    """Softmax attention of queries over their row's pages, a block of KV tokens at a time.
 
-    A loop over blocks of `block` KV tokens with an online softmax. It runs as far as the longest live context.
+    Args:
+      q: float32 [N, K, M, D], scaled: M queries (or query heads) of each of N rows.
+      position: int32 [N, M] or [N, 1], what each query sees: its own position and before; -1 sees nothing.
+      table: int32 [N, MP].
+      sinks: float32 [1, K, M] or None.
+      block: KV tokens per step.
+
+    Returns:
+      float32 [N, K, M, D]; 0 where a query sees nothing.
     """
-    num_rows, num_queries, num_heads, head_dim = q.shape
-    _, page_size, _, num_kv_heads, _ = kv.shape
-    pages_per_block = max(1, min(block // page_size, page_table.shape[1]))
-    block = pages_per_block * page_size
-    groups = num_heads // num_kv_heads
-    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_block)))
-    q = q.reshape(num_rows, num_queries, num_kv_heads, groups, head_dim)
+    num_rows, num_kv_heads, num_queries, head_dim = q.shape
+    page_size = kv.shape[3]
+    pages = max(1, min(block // page_size, table.shape[1]))
+    block = pages * page_size
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages)))
+    halves = kv.reshape(-1, *kv.shape[2:])  # page p's keys at 2p, its values at 2p + 1
+
+    def fetch(ids, half):
+        # One op fetches and reorders, at the speed of a copy.
+        found = halves.at[(ids + page_offset) * 2 + half].get(mode="promise_in_bounds")
+        return found.swapaxes(1, 2).reshape(num_rows, num_kv_heads, block, head_dim).astype(jnp.float32)
 
     def step(index, carry):
         top, total, acc = carry
-        ids = lax.dynamic_slice_in_dim(table, index * pages_per_block, pages_per_block, 1) + page_offset
-        pages = kv[ids].reshape(num_rows, block, 2, num_kv_heads, head_dim).astype(jnp.float32)
-        logits = jnp.einsum("nqkgd,nskd->nkgqs", q, pages[:, :, 0])
+        ids = lax.dynamic_slice_in_dim(table, index * pages, pages, 1)
+        logits = jnp.einsum("nkmd,nksd->nkms", q, fetch(ids, 0), precision="highest")
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         distance = position[:, :, None] - (index * block + jnp.arange(block, dtype=jnp.int32))
         visible = distance >= 0
         if window is not None:
             visible &= distance < window
-        logits = jnp.where(visible[:, None, None], logits, NEGATIVE)
-        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-        weights = jnp.where(visible[:, None, None], jnp.exp(logits - new_top[..., None]), 0.0)
+        visible = visible[:, None]
+        new_top = jnp.maximum(top, jnp.max(jnp.where(visible, logits, NEGATIVE), axis=-1))
+        weights = jnp.where(visible, jnp.exp(logits - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=-1)
-        acc = acc * shrink[..., None] + jnp.einsum("nkgqs,nskd->nkgqd", weights, pages[:, :, 1])
-        return new_top, total, acc
+        values = jnp.einsum("nkms,nksd->nkmd", weights, fetch(ids, 1), precision="highest")
+        return new_top, total, acc * shrink[..., None] + values
 
-    shape = (num_rows, num_kv_heads, groups, num_queries)
-    top = jnp.full(shape, NEGATIVE, jnp.float32)
-    total = jnp.zeros(shape, jnp.float32)
+    shape = (num_rows, num_kv_heads, num_queries)
+    top, total = jnp.full(shape, NEGATIVE, jnp.float32), jnp.zeros(shape, jnp.float32)
     if sinks is not None:
-        top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, num_kv_heads, groups, 1), shape)
-        total = jnp.ones(shape, jnp.float32)
+        top, total = jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
     first = 0
     if window is not None:
         lowest = jnp.min(jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max))
         first = jnp.maximum(lowest - window + 1, 0) // block
     stop = jnp.max(position) // block + 1
-    init = (top, total, jnp.zeros((*shape, head_dim), jnp.float32))
-    _, total, acc = lax.fori_loop(first, stop, step, init)
-    output = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
-    return jnp.moveaxis(output, 3, 1).reshape(num_rows, num_queries, num_heads, head_dim)
+    _, total, acc = lax.fori_loop(first, stop, step, (top, total, jnp.zeros_like(q)))
+    return acc / jnp.where(total == 0.0, 1.0, total)[..., None]
