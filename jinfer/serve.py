@@ -1,0 +1,136 @@
+"""`python -m jinfer.serve`: flags -> engine -> HTTP server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinfer import ConfigError, EngineConfig, ServerConfig, UserError, __version__
+from jinfer.cli import parse_args
+
+PROGRAM = "jinfer.serve"
+MAX_TEMPLATE_BYTES = 1024 * 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT. Returns the exit status: 0 after a drain, 1 if the model cannot be served, 2 if
+    a setting is wrong."""
+    started = time.monotonic()
+    configs = parse_args(
+        {"engine": EngineConfig, "server": ServerConfig},
+        argv,
+        prog=PROGRAM,
+        description="Serves a model over an OpenAI-compatible HTTP API.",
+        version=f"jinfer {__version__}",
+    )
+    engine_config, config = configs["engine"], configs["server"]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for chatty in ("jax", "absl", "orbax", "etils", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        make_template = _template_maker(config.chat_template)
+        sock = _bind(config.host, config.port)
+    except ConfigError as error:
+        _fail(error, 2)
+
+    from jinfer import AsyncEngine
+
+    engine = AsyncEngine(engine_config)
+    engine.start()
+    # The engine's thread loads and compiles outside Python's lock while these import.
+    import asyncio
+
+    from serve.app import create_app
+    from serve.lifecycle import run_server
+
+    was_ready = False
+
+    def say_ready() -> None:
+        nonlocal was_ready
+        was_ready = True
+        seconds = time.monotonic() - started
+        print(
+            f"jinfer ready in {seconds:.1f} s: {_url(config.host, sock)} serves {state.model_name}",
+            flush=True,
+        )
+
+    try:
+        app, state = create_app(engine, config, make_template)
+        status = asyncio.run(run_server(app, state, sock, say_ready))
+    except ConfigError as error:
+        _leave(_say(error), 2)
+    except UserError as error:
+        _leave(_say(error), 1)
+    if not was_ready:
+        _leave(None, status)
+    engine.shutdown()
+    return status
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: a port in use is told before a model is loaded for minutes."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another with --host or --port"
+        ) from error
+    sock.set_inheritable(True)
+    return sock
+
+
+def _url(host: str, sock: socket.socket) -> str:
+    name = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{name}:{sock.getsockname()[1]}"
+
+
+def _template_maker(path: str | None) -> Callable[[Any], Any] | None:
+    """Makes the chat template of a file; its special tokens are those of the tokenizer, which is not loaded yet."""
+    if path is None:
+        return None
+    from jinfer.text import ChatTemplate
+
+    try:
+        if Path(path).stat().st_size > MAX_TEMPLATE_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_TEMPLATE_BYTES} bytes, expected a chat template")
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from error
+    try:
+        ChatTemplate({"default": source})
+    except UserError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return lambda engine: ChatTemplate({"default": source}, engine.tokenizer.special_tokens)
+
+
+def _say(error: Exception) -> str:
+    return f"{PROGRAM}: error: {' '.join(str(error).split())}"
+
+
+def _fail(error: Exception, status: int) -> NoReturn:
+    print(_say(error), file=sys.stderr)
+    sys.exit(status)
+
+
+def _leave(message: str | None, status: int) -> NoReturn:
+    """Ends the process while the engine's thread may be deep in a compilation, which an ordinary exit would crash."""
+    if message:
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""The two ways to answer: whole, or streamed as server-sent events. Both end the work when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from jinfer import FinishReason, OutputDelta
+from serve.generation import Choices, Generation, Job, gather, merged
+from serve.metrics import RequestClock
+from serve.protocol import APIError, as_api_error, timed_out, unavailable
+from serve.state import State
+
+DONE = b"data: [DONE]\n\n"
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # or nginx collects the events
+}
+FAREWELL_SECONDS = 1.0  # for the last words to a client that may have stopped reading
+
+
+class Format(Protocol):
+    """What an endpoint knows about its answers. Events are complete `data: ...` lines."""
+
+    def whole(self, choices: Choices) -> dict[str, Any]: ...
+
+    def events(self, choices: Choices, prompt: int, delta: OutputDelta) -> bytes: ...
+
+    def closing_events(self, choices: Choices) -> bytes: ...
+
+
+def event(content: Any) -> bytes:
+    """One server-sent event. ASCII JSON: some clients take U+2028 and its like for the end of a line."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Answer(Response):
+    """Base: runs `produce` until it is done or the client has gone; then the work is cancelled and awaited."""
+
+    def __init__(
+        self,
+        state: State,
+        job: Job,
+        form: Format,
+        deadline: float,
+        on_end: Callable[[Choices, str], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._state = state
+        self._job = job
+        self._form = form
+        self._deadline = deadline
+        self._on_end = on_end
+        self._generation = Generation(state, job, RequestClock(state.metrics))
+        self._id_header = {"x-request-id": job.request_id}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._produce(scope, receive, send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()  # an error before the answer began becomes an error body
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _produce(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+    def _timeout(self) -> asyncio.Timeout:
+        return asyncio.timeout(max(0.0, self._deadline - time.monotonic()))
+
+    def _as_api_error(self, error: Exception) -> APIError:
+        if isinstance(error, TimeoutError):
+            return timed_out(self._state.config.request_timeout)
+        if self._state.draining and not isinstance(error, APIError):
+            # The engine takes nothing more; the request had slipped in behind the check.
+            return _shutting_down()
+        return as_api_error(error)
+
+
+class WholeAnswer(Answer):
+    """One JSON body, when everything is there."""
+
+    async def _produce(self, scope: Scope, receive: Receive, send: Send) -> None:
+        choices, outcome = Choices(self._job), "gone"
+        try:
+            async with self._timeout():
+                self._generation.start()
+                await gather(self._generation, choices)
+            if self._state.draining and any(c.finish_reason is FinishReason.ABORT for c in choices.all):
+                raise _shutting_down()  # half an answer would look like a whole one
+            outcome = "done"
+        except Exception as error:
+            failure = self._as_api_error(error)
+            outcome = failure.code or "failed"
+            raise failure from error
+        finally:
+            await self._generation.close()
+            if self._on_end:
+                self._on_end(choices, outcome)
+        body = json.dumps(self._form.whole(choices), ensure_ascii=False, separators=(",", ":")).encode()
+        await Response(body, 200, self._id_header, "application/json")(scope, receive, send)
+
+
+class StreamedAnswer(Answer):
+    """Server-sent events. The status is sent with the first token, so a refusal still has its own status."""
+
+    async def _produce(self, scope: Scope, receive: Receive, send: Send) -> None:
+        choices, outcome, began = Choices(self._job), "gone", False
+        try:
+            async with self._timeout():
+                self._generation.start()
+                while (ready := await self._generation.next()) is not None:
+                    data = self._encode(choices, ready)
+                    if not began:
+                        began = True
+                        await send(self._head())
+                    if data:
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+                last = self._form.closing_events(choices)
+                outcome = "done"
+        except Exception as error:
+            failure = self._as_api_error(error)
+            outcome = failure.code or "failed"
+            if not began:
+                raise failure from error
+            last = b"data: " + failure.body() + b"\n\n"
+        finally:
+            await self._generation.close()
+            if self._on_end:
+                self._on_end(choices, outcome)
+        if not began:
+            await send(self._head())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS if outcome != "done" else None):
+                await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
+
+    def _head(self) -> dict[str, Any]:
+        headers = STREAM_HEADERS | self._id_header
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        return {"type": "http.response.start", "status": 200, "headers": raw}
+
+    def _encode(self, choices: Choices, ready: Sequence[tuple[int, OutputDelta]]) -> bytes:
+        if len(ready) == 1:
+            ((prompt, delta),) = ready
+            choices.count(prompt, delta)
+            return self._form.events(choices, prompt, delta)
+        # One event per choice, whatever has gathered, in the order in which the choices came.
+        by_choice: dict[tuple[int, int], list[OutputDelta]] = {}
+        for prompt, delta in ready:
+            choices.count(prompt, delta)
+            by_choice.setdefault((prompt, delta.index), []).append(delta)
+        return b"".join(
+            self._form.events(choices, prompt, merged(deltas)) for (prompt, _), deltas in by_choice.items()
+        )
+
+
+def _shutting_down() -> APIError:
+    return unavailable("the server is shutting down and could not finish the request", "shutting_down", 5)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,190 @@
+"""The FastAPI app: which path does what."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from jinfer import AsyncEngine, ConfigError, ServerConfig, __version__
+from serve.body import read_body
+from serve.chat import answer_chat
+from serve.completions import answer_completion
+from serve.middleware import Gate
+from serve.protocol import APIError, install_handlers
+from serve.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from serve.state import State
+from serve.tokens import detokenize, tokenize
+
+PAGE = Path(__file__).parent / "static" / "index.html"
+
+M = TypeVar("M", bound=Body)
+
+
+def create_app(
+    engine: AsyncEngine,
+    config: ServerConfig,
+    make_chat_template: Callable[[AsyncEngine], Any] | None = None,
+) -> tuple[ASGIApp, State]:
+    """The ASGI app of a started engine, and its state for whoever runs and drains it.
+
+    make_chat_template: makes the chat template once the engine is ready, in place of the model's own.
+
+
+    Raises ConfigError for settings that would leave the server open by accident.
+    """
+    if config.api_key is not None and not config.api_key.strip():
+        raise ConfigError("api_key is empty: give a key, or leave it out to serve without one")
+    state = State(engine, config, make_chat_template)
+    app = FastAPI(
+        title="jinfer",
+        version=__version__,
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    install_handlers(app)
+    _add_model_routes(app, state)
+    _add_generation_routes(app, state)
+    _add_operation_routes(app, state)
+    return Gate(app, state), state
+
+
+def _documented(body: type[Body]) -> dict[str, Any]:
+    """The request schema for /openapi.json. The endpoint reads the body itself: FastAPI would parse it on the event
+    loop and answer errors in a form of its own."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _Schema(body)}}}}
+
+
+class _Schema(dict[str, Any]):
+    """A pydantic model's JSON schema, made when /openapi.json is asked for and not at every start."""
+
+    def __init__(self, body: type[Body]) -> None:
+        super().__init__()
+        self._body = body
+
+    def items(self) -> Any:
+        return self._body.model_json_schema().items()
+
+
+def _add_generation_routes(app: FastAPI, state: State) -> None:
+    async def read(request: Request, kind: type[M]) -> tuple[M, float]:
+        state.check_accepting()
+        deadline = time.monotonic() + state.config.request_timeout
+        return kind.read(await read_body(state, request, deadline)), deadline
+
+    async def chat_completions(request: Request) -> Response:
+        return await answer_chat(state, *await read(request, ChatBody))
+
+    async def completions(request: Request) -> Response:
+        return await answer_completion(state, *await read(request, CompletionBody))
+
+    async def tokenize_text(request: Request) -> Response:
+        body, _ = await read(request, TokenizeBody)
+        return JSONResponse(await tokenize(state, body))
+
+    async def detokenize_ids(request: Request) -> Response:
+        body, _ = await read(request, DetokenizeBody)
+        return JSONResponse(await detokenize(state, body))
+
+    routes = (
+        ("/v1/chat/completions", chat_completions, ChatBody),
+        ("/v1/completions", completions, CompletionBody),
+        ("/tokenize", tokenize_text, TokenizeBody),
+        ("/detokenize", detokenize_ids, DetokenizeBody),
+    )
+    for path, endpoint, body in routes:
+        app.add_api_route(
+            path, endpoint, methods=["POST"], response_model=None, openapi_extra=_documented(body)
+        )
+
+
+def _add_model_routes(app: FastAPI, state: State) -> None:
+    def card() -> dict[str, Any]:
+        return {
+            "id": state.model_name,
+            "object": "model",
+            "created": state.created,
+            "owned_by": "jinfer",
+            "root": state.engine.config.model,
+            "parent": None,
+            "max_model_len": state.engine.max_model_len if state.engine.is_ready else None,
+        }
+
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card()]})
+
+    async def model(name: str) -> Response:
+        state.check_model(name)
+        return JSONResponse(card())
+
+    app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
+    # A model's name may have slashes: organisation/name.
+    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], response_model=None)
+
+
+def _add_operation_routes(app: FastAPI, state: State) -> None:
+    page, policy = _load_page()
+
+    async def health() -> Response:
+        """200 while requests can be served or finished; 503 while the model loads and after the engine failed."""
+        return _status(state, accepts_while_draining=True)
+
+    async def ready() -> Response:
+        """200 if a request sent now would be taken; 503 while loading, draining or failed."""
+        return _status(state, accepts_while_draining=False)
+
+    async def metrics(request: Request) -> Response:
+        body, content_type = state.metrics.exposition(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def web_page() -> Response:
+        headers = {
+            "content-security-policy": policy,
+            "referrer-policy": "no-referrer",
+            "cache-control": "no-cache",
+        }
+        return Response(page, media_type="text/html", headers=headers)
+
+    for path, endpoint in (("/health", health), ("/ready", ready), ("/", web_page)):
+        app.add_api_route(
+            path, endpoint, methods=["GET", "HEAD"], response_model=None, include_in_schema=path != "/"
+        )
+    app.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
+    app.add_api_route("/version", version, methods=["GET"], response_model=None)
+
+
+def _status(state: State, accepts_while_draining: bool) -> Response:
+    try:
+        state.check_accepting()
+    except APIError as error:
+        if not (accepts_while_draining and error.code == "shutting_down"):
+            return error.response()
+        return JSONResponse({"status": "draining"})
+    return JSONResponse({"status": "ok", "model": state.model_name})
+
+
+def _load_page() -> tuple[bytes, str]:
+    """The page and a policy that runs its own script and style and nothing else."""
+    page = PAGE.read_bytes()
+
+    def sources(tag: str) -> str:
+        blocks = re.findall(rb"<%b>(.*?)</%b>" % (tag.encode(), tag.encode()), page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(b).digest()).decode()}'" for b in blocks)
+
+    policy = (
+        f"default-src 'none'; script-src {sources('script')}; style-src {sources('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, policy

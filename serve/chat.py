@@ -1,0 +1,189 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from jinfer import OutputDelta
+from serve.answer import Answer, StreamedAnswer, WholeAnswer, event
+from serve.generation import Choice, Choices, Job
+from serve.inputs import read_messages, read_tools
+from serve.logprobs import ChatLogprobs, TokenTexts, prompt_logprobs
+from serve.params import chat_params
+from serve.protocol import bad_request
+from serve.requestlog import logger_for
+from serve.schemas import ChatBody, TemplateBody
+from serve.state import State
+
+# Names of the template's variables that have a field of their own in the request.
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+
+
+async def answer_chat(state: State, body: ChatBody, deadline: float) -> Answer:
+    """The answer to a chat request, not begun yet. Raises APIError or RequestError for a request at fault."""
+    state.check_model(body.model)
+    params = chat_params(body, state.engine.default_params, state.limits)
+    tools = read_tools(body.tools, body.tool_choice)
+    ids = await prompt_ids(state, body, tools, bool(body.add_special_tokens))
+    await state.validate(ids, params, "messages")
+    job = Job(f"chatcmpl-{uuid.uuid4().hex}", [ids], params, body.priority or 0, body.cache_salt or "")
+    form = ChatFormat(body, job, state.model_name, state.token_texts)
+    kind = StreamedAnswer if body.stream else WholeAnswer
+    return kind(state, job, form, deadline, logger_for(state, job, "chat"))
+
+
+async def prompt_ids(
+    state: State, body: TemplateBody, tools: list[dict[str, Any]] | None, add_special_tokens: bool
+) -> list[int]:
+    """The token ids of a conversation. Raises APIError or RequestError."""
+    messages = read_messages(body.messages)
+    template = state.chat_template
+    if template is None:
+        raise bad_request(
+            "this model has no chat template: use /v1/completions, or start the server with --chat-template FILE",
+            "messages",
+        )
+    continues = bool(body.continue_final_message)
+    if continues and body.add_generation_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
+        )
+    if continues and messages[-1]["role"] != "assistant":
+        raise bad_request(
+            "continue_final_message needs an assistant message at the end", "continue_final_message"
+        )
+    begins = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    extra = body.chat_template_kwargs or {}
+    for name in RESERVED:
+        if name in extra:
+            raise bad_request(
+                f"chat_template_kwargs has {name!r}, which is a field of the request", "chat_template_kwargs"
+            )
+
+    def render() -> list[int]:
+        text = template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+            chat_template_kwargs=extra,
+        )
+        return state.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    return await state.in_thread(render)
+
+
+class ChatFormat:
+    """The bodies and events of one chat answer."""
+
+    def __init__(self, body: ChatBody, job: Job, model: str, texts: TokenTexts) -> None:
+        self._id = job.request_id
+        self._created = int(time.time())
+        self._model = model
+        self._prompt = job.prompts[0]
+        self._texts = texts
+        self._logprobs = ChatLogprobs(texts, bool(body.return_tokens_as_token_ids)) if body.logprobs else None
+        self._returns_ids = bool(body.return_token_ids)
+        self._prompt_logprobs = body.prompt_logprobs
+        options = body.stream_options
+        self._counts_usage = bool(options and options.include_usage)
+        self._counts_always = bool(options and options.continuous_usage_stats and options.include_usage)
+        self._begun: set[int] = set()
+        # The fast path writes JSON by hand around the one thing that changes: a dict per token costs twice as much.
+        head = event(self._chunk_fields())
+        self._before = head[: -len(b"}\n\n")] + b',"choices":[{"index":'
+        self._after = b'},"logprobs":null,"finish_reason":null}]'
+        self._after += b',"usage":null}\n\n' if self._counts_usage else b"}\n\n"
+        self._is_plain = not (self._logprobs or self._returns_ids or self._counts_always)
+
+    def whole(self, choices: Choices) -> dict[str, Any]:
+        answer = {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": [self._whole_choice(i, choice) for i, choice in enumerate(choices.all)],
+            "usage": choices.usage(),
+        }
+        if self._returns_ids:
+            answer["prompt_token_ids"] = list(self._prompt)
+        if self._prompt_logprobs is not None:
+            found = choices.all[0].prompt_logprobs
+            answer["prompt_logprobs"] = found and prompt_logprobs(self._texts, found, self._prompt_logprobs)
+        return answer
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        content = {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs_of(choice.logprobs) if self._logprobs else None,
+            "finish_reason": choice.finish_reason and choice.finish_reason.value,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._returns_ids:
+            content["token_ids"] = choice.token_ids
+        return content
+
+    def events(self, choices: Choices, prompt: int, delta: OutputDelta) -> bytes:
+        data = b""
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            data += self._first(choices, delta.index)
+        if self._is_plain:
+            if delta.text:
+                piece = f'{delta.index},"delta":{{"content":{quoted(delta.text)}'
+                data += self._before + piece.encode() + self._after
+        elif delta.text or delta.token_ids:
+            data += self._chunk(choices, delta.index, {"content": delta.text}, delta)
+        if delta.finish_reason is not None:
+            data += self._chunk(choices, delta.index, {}, finish=delta)
+        return data
+
+    def closing_events(self, choices: Choices) -> bytes:
+        if not self._counts_usage:
+            return b""
+        return event(self._chunk_fields() | {"choices": [], "usage": choices.usage()})
+
+    def _first(self, choices: Choices, index: int) -> bytes:
+        return self._chunk(choices, index, {"role": "assistant", "content": ""}, begins=True)
+
+    def _chunk(
+        self,
+        choices: Choices,
+        index: int,
+        content: dict[str, Any],
+        delta: OutputDelta | None = None,
+        finish: OutputDelta | None = None,
+        begins: bool = False,
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "delta": content, "logprobs": None, "finish_reason": None}
+        fields = self._chunk_fields()
+        if delta is not None:
+            if self._logprobs is not None and delta.logprobs:
+                choice["logprobs"] = self._logprobs_of(delta.logprobs)
+            if self._returns_ids:
+                choice["token_ids"] = delta.token_ids
+        if finish is not None and finish.finish_reason is not None:
+            choice["finish_reason"] = finish.finish_reason.value
+            choice["stop_reason"] = finish.stop_reason
+        if begins and self._returns_ids:
+            fields["prompt_token_ids"] = list(self._prompt)
+        fields["choices"] = [choice]
+        if self._counts_usage:
+            fields["usage"] = choices.usage() if self._counts_always else None
+        return event(fields)
+
+    def _chunk_fields(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+        }
+
+    def _logprobs_of(self, logprobs: Any) -> dict[str, Any]:
+        assert self._logprobs is not None
+        return {"content": self._logprobs.entries(logprobs), "refusal": None}

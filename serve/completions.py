@@ -1,0 +1,208 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from jinfer import OutputDelta, SamplingParams
+from serve.answer import Answer, StreamedAnswer, WholeAnswer, event
+from serve.generation import Choice, Choices, Job
+from serve.inputs import Prompt, read_prompts
+from serve.logprobs import BLOCK_FIELDS, CompletionLogprobs, TokenTexts, prompt_logprobs
+from serve.params import completion_params
+from serve.protocol import bad_request
+from serve.requestlog import logger_for
+from serve.schemas import CompletionBody
+from serve.state import State
+
+LONG_PROMPT = 4096  # characters; encoding that many takes about a millisecond, a thread's hop a tenth of that
+
+
+async def answer_completion(state: State, body: CompletionBody, deadline: float) -> Answer:
+    """The answer to a completion request, not begun yet. Raises APIError or RequestError for a request at fault."""
+    state.check_model(body.model)
+    params = completion_params(body, state.engine.default_params, state.limits)
+    prompts = read_prompts(body.prompt)
+    most = state.engine.config.max_num_waiting
+    if len(prompts) * params.n > most:
+        raise bad_request(
+            f"the request has {len(prompts)} prompts and n {params.n}, more than this server queues ({most}): split it",
+            "prompt",
+        )
+    ids = await _encode(state, prompts, body.add_special_tokens is not False)
+    for each in ids:
+        await state.validate(each, params, "prompt")
+    job = Job(f"cmpl-{uuid.uuid4().hex}", ids, params, body.priority or 0, body.cache_salt or "")
+    echoed = await _echo_texts(state, prompts, params) if body.echo else None
+    form = CompletionFormat(body, job, echoed, state.model_name, state.token_texts)
+    kind = StreamedAnswer if body.stream else WholeAnswer
+    return kind(state, job, form, deadline, logger_for(state, job, "completion"))
+
+
+async def _encode(state: State, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
+    tokenizer = state.engine.tokenizer
+
+    def encode() -> list[list[int]]:
+        return [p if isinstance(p, list) else tokenizer.encode(p, add_special_tokens) for p in prompts]
+
+    if sum(len(p) for p in prompts if isinstance(p, str)) < LONG_PROMPT:
+        return encode()
+    return await state.in_thread(encode)
+
+
+async def _echo_texts(state: State, prompts: Sequence[Prompt], params: SamplingParams) -> list[str]:
+    """The prompts as text: as they were given, or decoded from token ids."""
+
+    def decode() -> list[str]:
+        skips = params.skip_special_tokens
+        decode_ids = state.engine.tokenizer.decode
+        return [p if isinstance(p, str) else decode_ids(p, skip_special_tokens=skips) for p in prompts]
+
+    return await state.in_thread(decode)
+
+
+class CompletionFormat:
+    """The bodies and events of one completion answer.
+
+    echoed: the prompts as text, to stand in front of each choice; None without echo.
+    """
+
+    def __init__(
+        self, body: CompletionBody, job: Job, echoed: list[str] | None, model: str, texts: TokenTexts
+    ) -> None:
+        self._id = job.request_id
+        self._created = int(time.time())
+        self._model = model
+        self._job = job
+        self._echoed = echoed
+        self._texts = texts
+        self._wants_logprobs = body.logprobs is not None
+        self._count = body.logprobs or 0
+        self._as_ids = bool(body.return_tokens_as_token_ids)
+        self._returns_ids = bool(body.return_token_ids)
+        self._prompt_logprobs = body.prompt_logprobs
+        self._is_silent = body.max_tokens == 0  # the one token that the engine had to make is not shown
+        options = body.stream_options
+        self._counts_usage = bool(options and options.include_usage)
+        self._counts_always = bool(options and options.continuous_usage_stats and options.include_usage)
+        self._readers: dict[int, CompletionLogprobs] = {}
+        # Prompt logprobs come once per prompt, and each of its choices echoes them.
+        self._found: dict[int, list[Any]] = {}
+        head = event(self._chunk_fields())
+        self._before = head[: -len(b"}\n\n")] + b',"choices":[{"index":'
+        self._after = b',"logprobs":null,"finish_reason":null}]'
+        self._after += b',"usage":null}\n\n' if self._counts_usage else b"}\n\n"
+        self._is_plain = not (
+            self._wants_logprobs or self._returns_ids or self._counts_always or self._is_silent
+        )
+
+    def whole(self, choices: Choices) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": [self._whole_choice(i, choice, choices) for i, choice in enumerate(choices.all)],
+            "usage": self._usage(choices),
+        }
+
+    def _whole_choice(self, index: int, choice: Choice, choices: Choices) -> dict[str, Any]:
+        prompt = index // self._job.params.n
+        # The first choice of a prompt carries the prompt's logprobs.
+        found = choices.all[prompt * self._job.params.n].prompt_logprobs
+        if found is not None:
+            self._found[prompt] = found
+        delta = OutputDelta(
+            request_id=self._id,
+            index=index,
+            token_ids=choice.token_ids,
+            text=choice.text,
+            logprobs=choice.logprobs,
+        )
+        content = self._choice(index, prompt, delta, begins=True)
+        if choice.finish_reason is not None:
+            content["finish_reason"] = self._reason(choice.finish_reason.value)
+        content["stop_reason"] = None if self._is_silent else choice.stop_reason
+        if self._prompt_logprobs is not None:
+            found = self._found.get(prompt)
+            content["prompt_logprobs"] = found and prompt_logprobs(self._texts, found, self._prompt_logprobs)
+        return content
+
+    def events(self, choices: Choices, prompt: int, delta: OutputDelta) -> bytes:
+        index = choices.index(prompt, delta)
+        if delta.prompt_logprobs is not None:
+            self._found[prompt] = delta.prompt_logprobs
+        begins = index not in self._readers
+        data = b""
+        if self._is_plain and not (begins and self._echoed is not None):
+            self._readers.setdefault(index, self._reader())
+            if delta.text:
+                data = self._before + f'{index},"text":{quoted(delta.text)}'.encode() + self._after
+        elif begins or delta.text or delta.token_ids:
+            data = self._chunk(choices, self._choice(index, prompt, delta, begins))
+        if delta.finish_reason is not None:
+            last = self._empty_choice(index)
+            last["finish_reason"] = self._reason(delta.finish_reason.value)
+            last["stop_reason"] = None if self._is_silent else delta.stop_reason
+            data += self._chunk(choices, last)
+        return data
+
+    def closing_events(self, choices: Choices) -> bytes:
+        if not self._counts_usage:
+            return b""
+        return event(self._chunk_fields() | {"choices": [], "usage": self._usage(choices)})
+
+    def _chunk(self, choices: Choices, choice: dict[str, Any]) -> bytes:
+        fields = self._chunk_fields() | {"choices": [choice]}
+        if self._counts_usage:
+            fields["usage"] = self._usage(choices) if self._counts_always else None
+        return event(fields)
+
+    def _choice(self, index: int, prompt: int, delta: OutputDelta, begins: bool) -> dict[str, Any]:
+        """What a delta adds to a choice: its prompt's echo if it begins the choice, then its own text and tokens."""
+        content = self._empty_choice(index)
+        echoes = begins and self._echoed is not None
+        reader = self._readers.setdefault(index, self._reader())
+        blocks = []
+        if echoes:
+            assert self._echoed is not None
+            content["text"] = self._echoed[prompt]
+            if self._wants_logprobs:
+                ids = self._job.prompts[prompt]
+                found = self._found.get(prompt) or [None] * len(ids)
+                blocks.append(reader.block(ids, found, self._echoed[prompt]))
+                # Decoding may differ from the text as given (a normalizing tokenizer): the output begins behind it.
+                reader.seek(len(self._echoed[prompt]))
+        if not self._is_silent:
+            content["text"] += delta.text
+            if self._wants_logprobs and delta.token_ids:
+                blocks.append(reader.block(delta.token_ids, delta.logprobs or [None] * len(delta.token_ids)))
+        if self._wants_logprobs:
+            content["logprobs"] = {
+                name: [x for block in blocks for x in block[name]] for name in BLOCK_FIELDS
+            }
+        if self._returns_ids:
+            content["token_ids"] = [] if self._is_silent else delta.token_ids
+            content["prompt_token_ids"] = list(self._job.prompts[prompt]) if begins else None
+        return content
+
+    def _reader(self) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            self._texts, self._count, self._job.params.skip_special_tokens, as_ids=self._as_ids
+        )
+
+    def _empty_choice(self, index: int) -> dict[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+
+    def _reason(self, reason: str) -> str:
+        return "length" if self._is_silent and reason != "abort" else reason
+
+    def _usage(self, choices: Choices) -> dict[str, Any]:
+        return choices.usage(0 if self._is_silent else None)
+
+    def _chunk_fields(self) -> dict[str, Any]:
+        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model}

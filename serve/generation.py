@@ -1,0 +1,180 @@
+"""The engine's side of one HTTP request: starts its prompts, gathers their deltas, ends what is left over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinfer import FinishReason, OutputDelta, SamplingParams, TokenLogprobs
+from serve.metrics import RequestClock
+from serve.protocol import APIError
+from serve.state import State
+
+
+@dataclass(frozen=True)
+class Job:
+    """One HTTP request for the engine: one or more prompts with the same parameters."""
+
+    request_id: str
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class Generation:
+    """Runs a Job. `next` gives every delta that is ready; `close` ends what still runs and must be called.
+
+    A task per prompt takes the deltas off the engine at once, so a client that reads slowly holds no pages, and what
+    came in the meantime goes out as one piece.
+    """
+
+    def __init__(self, state: State, job: Job, clock: RequestClock) -> None:
+        self._state = state
+        self._job = job
+        self._clock = clock
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ready: list[tuple[int, OutputDelta]] = []
+        self._error: BaseException | None = None
+        self._open = 0
+        self._wake = asyncio.Event()
+
+    def start(self) -> None:
+        """Hands every prompt to the engine. Its refusals come out of the first `next`."""
+        many = len(self._job.prompts) > 1
+        for i, prompt in enumerate(self._job.prompts):
+            request_id = f"{self._job.request_id}-{i}" if many else self._job.request_id
+            self._tasks.append(asyncio.ensure_future(self._pump(i, prompt, request_id)))
+        self._open = len(self._tasks)
+
+    async def next(self) -> list[tuple[int, OutputDelta]] | None:
+        """All (prompt index, delta) pairs that are ready, at least one; None after the last.
+
+        Raises what the engine raised, or APIError for a delta that reports a fault.
+        """
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                return None
+            self._wake.clear()
+            await self._wake.wait()
+        ready, self._ready = self._ready, []
+        return ready
+
+    async def close(self) -> None:
+        """Ends the prompts that still run; their pages are free when it returns."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _pump(self, index: int, prompt: Sequence[int], request_id: str) -> None:
+        job = self._job
+        stream: Any = self._state.engine.generate(
+            prompt, job.params, request_id=request_id, priority=job.priority, cache_salt=job.cache_salt
+        )
+        try:
+            async for delta in stream:
+                self._clock.observe(index, delta)
+                if delta.finish_reason is FinishReason.ERROR:
+                    raise APIError(
+                        500, f"the request failed: {delta.error or 'unknown error'}", code="request_failed"
+                    )
+                self._ready.append((index, delta))
+                self._wake.set()
+        except Exception as error:
+            # The first fault speaks for the request.
+            self._error = self._error or error
+        finally:
+            self._open -= 1
+            self._wake.set()
+            await stream.aclose()
+
+
+@dataclass
+class Choice:
+    """What one choice of a whole (not streamed) answer has gathered."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def add(self, delta: OutputDelta) -> None:
+        if delta.text:
+            self.texts.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        if delta.logprobs:
+            self.logprobs.extend(delta.logprobs)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+class Choices:
+    """The choices of a request by their index in the answer, and what they used."""
+
+    def __init__(self, job: Job) -> None:
+        self._n = job.params.n
+        self._prompt_tokens = sum(map(len, job.prompts))
+        self._cached = [0] * len(job.prompts)
+        self.generated = 0  # tokens, of all choices
+        self.all = [Choice() for _ in range(len(job.prompts) * self._n)]
+
+    def index(self, prompt: int, delta: OutputDelta) -> int:
+        """A delta's choice index in the answer: the choices of the first prompt, then those of the second."""
+        return prompt * self._n + delta.index
+
+    def count(self, prompt: int, delta: OutputDelta) -> None:
+        """Takes note of a delta's tokens and of how its choice ended."""
+        self.generated += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self.all[self.index(prompt, delta)].finish_reason = delta.finish_reason
+        self._cached[prompt] = max(self._cached[prompt], delta.num_cached_tokens)
+
+    def usage(self, generated: int | None = None) -> dict[str, Any]:
+        """The `usage` object. Prompt tokens count once however many choices share them."""
+        generated = self.generated if generated is None else generated
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": self._prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached)},
+        }
+
+
+async def gather(generation: Generation, choices: Choices) -> None:
+    """Runs a generation to its end, its output into `choices`. Raises as `Generation.next` does."""
+    while (ready := await generation.next()) is not None:
+        for prompt, delta in ready:
+            choices.count(prompt, delta)
+            choices.all[choices.index(prompt, delta)].add(delta)
+
+
+def merged(deltas: Sequence[OutputDelta]) -> OutputDelta:
+    """Deltas of one choice that were ready together, as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    whole = Choice()
+    for delta in deltas:
+        whole.add(delta)
+    last = deltas[-1]
+    return OutputDelta(
+        request_id=last.request_id,
+        index=last.index,
+        token_ids=whole.token_ids,
+        text=whole.text,
+        logprobs=whole.logprobs or None,
+        prompt_logprobs=whole.prompt_logprobs,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )

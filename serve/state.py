@@ -1,0 +1,117 @@
+"""What the endpoints of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from jinfer import AsyncEngine, EngineDeadError, RequestError, SamplingParams, ServerConfig
+from serve.inputs import check_token_ids
+from serve.logprobs import TokenTexts
+from serve.metrics import Metrics
+from serve.params import Limits
+from serve.protocol import APIError, bad_request, unavailable
+
+T = TypeVar("T")
+
+LONG_PROMPT = 4096  # tokens; checking that many takes a third of a millisecond
+WORKERS = 4  # threads for tokenizing and rendering; the tokenizer works outside Python's lock
+
+
+class State:
+    """The engine and the settings, and where the server stands: starting, accepting, draining."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        config: ServerConfig,
+        make_chat_template: Callable[[AsyncEngine], Any] | None = None,
+    ) -> None:
+        self._make_chat_template = make_chat_template
+        self.engine = engine
+        self.config = config
+        self.draining = False
+        self.active = 0  # HTTP requests that are being answered
+        self.created = int(time.time())
+        self.started = time.monotonic()
+        self.metrics = Metrics(self.model_name, self._read_stats)
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="serve")
+
+    @property
+    def model_name(self) -> str:
+        """The name in the API."""
+        return self.config.served_model_name or self.engine.model_name
+
+    @functools.cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.engine.tokenizer)
+
+    @functools.cached_property
+    def chat_template(self) -> Any:
+        """The operator's chat template, or the model's own; None if there is none. Asked for once ready."""
+        if self._make_chat_template is not None:
+            return self._make_chat_template(self.engine)
+        return self.engine.chat_template
+
+    @property
+    def limits(self) -> Limits:
+        priority = self.engine.config.scheduling_policy == "priority"
+        return Limits(max_logprobs=self.config.max_logprobs, uses_priority=priority)
+
+    def check_accepting(self) -> None:
+        """Raises APIError (503) if no request can be taken now."""
+        if self.engine.error is not None or (not self.engine.is_healthy and self.engine.is_ready):
+            raise unavailable(
+                f"the engine has failed ({self.engine.error or 'see the log'}): restart the server",
+                "engine_dead",
+                retry_after=30,
+            )
+        if self.draining:
+            raise unavailable(
+                "the server is shutting down: send the request elsewhere or later", "shutting_down", 5
+            )
+        if not self.engine.is_ready:
+            raise unavailable("the model is still loading: ask again when /ready answers 200", "not_ready", 2)
+
+    async def validate(self, ids: Sequence[int], params: SamplingParams, param: str) -> None:
+        """Raises APIError (400) if the engine could not run a prompt with these parameters."""
+        if not ids:
+            raise bad_request("the prompt has no tokens: give at least one", param)
+        check_token_ids(ids, self.engine.vocab_size, param)
+        try:
+            if len(ids) < LONG_PROMPT:
+                self.engine.validate(ids, params)
+            else:
+                await self.in_thread(self.engine.validate, ids, params)
+        except RequestError as error:
+            name = param if error.param == "prompt" else error.param
+            is_long = error.param == "prompt" and len(ids) >= self.engine.max_model_len
+            code = "context_length_exceeded" if is_long else None
+            raise bad_request(str(error), name, code) from error
+
+    def check_model(self, name: str | None) -> None:
+        """Raises APIError (404) if a request names a model that is not served. None or '' names none."""
+        if name and name != self.model_name:
+            raise APIError(
+                404,
+                f"the model {name[:200]!r} does not exist here: this server has {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs what may take long on a thread, so that the streams of other requests go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_stats(self) -> Any:
+        try:
+            return self.engine.stats()
+        except EngineDeadError:  # still loading: there is nothing to count yet
+            return None

@@ -1,0 +1,49 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve.chat import prompt_ids
+from serve.inputs import check_token_ids, read_token_ids, read_tools
+from serve.protocol import bad_request
+from serve.schemas import DetokenizeBody, TokenizeBody
+from serve.state import State
+
+
+async def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
+    """The token ids of a prompt or of a conversation. Raises APIError or RequestError."""
+    state.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("give either prompt or messages", "prompt")
+    if body.prompt is not None:
+        for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            if getattr(body, name) is not None:
+                raise bad_request(
+                    f"{name} goes with messages, and this request has a prompt: remove it", name
+                )
+        if not isinstance(body.prompt, str):
+            raise bad_request("prompt is not a string", "prompt")
+        adds = body.add_special_tokens is not False
+        ids = await state.in_thread(state.engine.tokenizer.encode, body.prompt, adds)
+    else:
+        ids = await prompt_ids(state, body, read_tools(body.tools, "none"), bool(body.add_special_tokens))
+    texts = state.token_texts
+    return {
+        "count": len(ids),
+        "max_model_len": state.engine.max_model_len,
+        "tokens": ids,
+        "token_strs": [texts.text_of(i) for i in ids] if body.return_token_strs else None,
+    }
+
+
+async def detokenize(state: State, body: DetokenizeBody) -> dict[str, Any]:
+    """The text of token ids, special ones included. Raises APIError for an id outside the vocabulary."""
+    state.check_model(body.model)
+    ids = read_token_ids(body.tokens, "tokens")
+    check_token_ids(ids, state.engine.vocab_size, "tokens")
+
+    def decode() -> str:
+        return state.engine.tokenizer.decode(ids, skip_special_tokens=False)
+
+    return {"prompt": await state.in_thread(decode)}
