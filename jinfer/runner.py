@@ -66,13 +66,13 @@ def token_logprobs(table: Logprobs, row: int, token: int, count: int) -> TokenLo
     return TokenLogprobs(token, float(table.chosen[row]), int(table.rank[row]), top)
 
 
-def buckets(low: int, high: int) -> list[int]:
-    """Powers of two from `low`, and `high` itself."""
+def buckets(low: int, high: int, growth: int = 2) -> list[int]:
+    """`low` times powers of `growth`, and `high` itself."""
     sizes = []
     size = low
     while size < high:
         sizes.append(size)
-        size *= 2
+        size *= growth
     return [*sizes, high]
 
 
@@ -86,9 +86,11 @@ class Runner:
         self.host_seconds = 0.0  # spent in pack and dispatch
         self._replicated = NamedSharding(self.mesh, P())
         self._layout = KVLayout(kv.pages, kv.page_size, kv.implementation)
-        self._row_buckets = buckets(1, config.max_num_seqs)
+        # A CPU compiles slowly, two at a time, and pays less for padded rows than for a start twice as long.
+        growth = 4 if self.mesh.devices.flat[0].platform == "cpu" else 2
+        self._row_buckets = buckets(1, config.max_num_seqs, growth)
         self._token_buckets = buckets(
-            min(SMALLEST_MIXED, config.max_num_batched_tokens), config.max_num_batched_tokens
+            min(SMALLEST_MIXED, config.max_num_batched_tokens), config.max_num_batched_tokens, growth
         )
         self._programs: dict[StepShape, Any] = {}
         self._shapes: dict[tuple[bool, int], StepShape] = {}

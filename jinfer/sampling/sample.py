@@ -4,7 +4,7 @@ Order: repetition penalty, frequency and presence penalty, logit bias, end token
 temperature, top-k, top-p, min-p, draw. Top-k and top-p find their threshold by bisection over the bit patterns of the
 logits: exact, and without sorting the vocabulary. Tokens tied at the threshold all stay.
 
-A draw adds Gumbel noise made from fold_in(key(seed), position), so it depends on its own request alone.
+A draw adds Gumbel noise made from (seed, position) alone, so it depends on its own request and on nothing beside it.
 Work that no row asks for is skipped at run time (`lax.cond`), without another compiled program.
 
 R rows, V vocabulary, B logit-bias entries per slot, N end tokens per slot.
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int
 
 from jinfer.sampling.features import BAN, BIAS, HISTORY, LOGPROBS, MIN_P, RANDOM, TOP_K, TOP_P
@@ -66,39 +67,40 @@ def _ordered(x: Float[Array, "R V"]) -> Int[Array, "R V"]:
     return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)
 
 
-def _largest_threshold(keys: Int[Array, "R V"], enough) -> Int[Array, "R"]:
-    """The largest t per row for which enough(keys >= t) holds; it holds for the smallest t.
-
-    32 halvings of the int32 range; `enough` maps a mask [R, V] to bool[R] and falls as t rises.
-    """
-    rows = keys.shape[0]
+def _largest_threshold(
+    keys: Int[Array, "R V"], weights: Float[Array, "R V"], target: Float[Array, "R"]
+) -> Int[Array, "R"]:
+    """The largest t per row for which the weights of keys >= t still sum to the target; else the smallest int32."""
 
     def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # enough(low) holds, enough(high + 1) does not
+        low, high = bounds  # the sum is enough at low and is not at high + 1
         middle = (low | high) - ((low ^ high) >> 1)  # the mean rounded up, without overflow
-        ok = enough(keys >= middle[:, None])
-        return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
+        enough = jnp.sum(jnp.where(keys >= middle[:, None], weights, 0), axis=1) >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-    bounds = (jnp.full(rows, -(2**31), jnp.int32), jnp.max(keys, axis=1))
+    bounds = (jnp.full(keys.shape[0], -(2**31), jnp.int32), jnp.max(keys, axis=1))
     return lax.fori_loop(0, 32, halve, bounds)[0]
 
 
-def keep_top_k(logits: Array, top_k: Int[Array, "R"]) -> Array:
-    """Drops all but the k largest; k <= 0 keeps all."""
-    size = jnp.where(top_k <= 0, logits.shape[1], jnp.minimum(top_k, logits.shape[1]))
-    keys = _ordered(logits)
-    bound = _largest_threshold(keys, lambda mask: jnp.sum(mask, axis=1, dtype=jnp.int32) >= size)
-    return jnp.where(keys >= bound[:, None], logits, NEVER)
+def keep_top(logits: Array, top_k: Int[Array, "R"], top_p: Float[Array, "R"]) -> Array:
+    """Drops all but the k largest, then what is outside the smallest set of most likely ones whose mass reaches p.
 
+    k <= 0 and p >= 1 keep all. Both are the same search, once over counts and once over probabilities, so they share
+    one loop: that halves what must be compiled.
+    """
+    vocab = logits.shape[1]
+    everything = (top_k <= 0) | (top_k >= vocab), top_p >= 1
+    # A count is exact in float32 up to 2^24 tokens.
+    targets = top_k.astype(jnp.float32), top_p
 
-def keep_top_p(logits: Array, top_p: Float[Array, "R"]) -> Array:
-    """Drops what is outside the smallest set of most likely tokens whose mass reaches p; p >= 1 keeps all."""
-    mass = jax.nn.softmax(logits, axis=1)
-    keys = _ordered(logits)
-    # The whole mass may round to a little less than p: then everything stays.
-    bound = _largest_threshold(keys, lambda mask: jnp.sum(jnp.where(mask, mass, 0), axis=1) >= top_p)
-    keep = (keys >= bound[:, None]) | (top_p >= 1)[:, None]
-    return jnp.where(keep, logits, NEVER)
+    def stage(i: Array, logits: Array) -> Array:
+        keys = _ordered(logits)
+        weights = jnp.where(i == 0, jnp.float32(1), jax.nn.softmax(logits, axis=1))
+        bound = _largest_threshold(keys, weights, jnp.where(i == 0, *targets))
+        keep = (keys >= bound[:, None]) | jnp.where(i == 0, *everything)[:, None]
+        return jnp.where(keep, logits, NEVER)
+
+    return lax.fori_loop(0, 2, stage, logits)
 
 
 def keep_min_p(logits: Array, min_p: Float[Array, "R"]) -> Array:
@@ -108,14 +110,22 @@ def keep_min_p(logits: Array, min_p: Float[Array, "R"]) -> Array:
 
 
 def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
-    """One token per row from softmax(logits), by the Gumbel maximum."""
+    """One token per row from softmax(logits), by the Gumbel maximum.
 
-    def noise(seed: Array, position: Array) -> Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, (logits.shape[1],), jnp.float32)
-
-    noisy = logits + jax.vmap(noise)(rows.seed.astype(jnp.uint32), rows.position)
-    return jnp.argmax(noisy, axis=1).astype(jnp.int32)
+    The noise of token i is made from threefry(key=seed, counter=(position, i)): the pair that fold_in would mix into a
+    key goes into the counter, which spares a second generator.
+    """
+    count, vocab = logits.shape
+    half = -(-vocab // 2)
+    shape = (count, half)
+    high, low = (jnp.broadcast_to(rows.seed[:, i : i + 1].astype(jnp.uint32), shape) for i in (0, 1))
+    position = jnp.broadcast_to(rows.position[:, None].astype(jnp.uint32), shape)
+    index = jnp.broadcast_to(jnp.arange(half, dtype=jnp.uint32), shape)
+    bits = jnp.concatenate(threefry2x32_p.bind(high, low, position, index), axis=1)[:, :vocab]
+    # The winner's noise is large where `uniform` is small, and there a float32 keeps all 32 bits' worth: unlikely
+    # tokens are drawn as often as they should be. At 1 the noise is -inf, which loses and does no harm.
+    uniform = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
+    return jnp.argmax(logits - jnp.log(-jnp.log1p(-uniform)), axis=1).astype(jnp.int32)
 
 
 def logprobs_of(logits: Array, tokens: Int[Array, "R"]) -> Logprobs:
@@ -173,8 +183,7 @@ def choose(logits: Array, rows: RowParams) -> Int[Array, "R"]:
     def random(logits: Array) -> Array:
         greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
         warm = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
-        warm = when(TOP_K, lambda x: keep_top_k(x, rows.top_k), warm)
-        warm = when(TOP_P, lambda x: keep_top_p(x, rows.top_p), warm)
+        warm = when(TOP_K | TOP_P, lambda x: keep_top(x, rows.top_k, rows.top_p), warm)
         warm = when(MIN_P, lambda x: keep_min_p(x, rows.min_p), warm)
         return jnp.where((rows.features & RANDOM) != 0, draw(warm, rows), greedy)
 
