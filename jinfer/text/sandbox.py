@@ -97,14 +97,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """Jinja's syntax tree, with a tick in every loop and macro, and `~` measured."""
         tree = super()._parse(source, name, filename)
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(""), _TICK)))  # pyright: ignore
-            if isinstance(node, nodes.For) and node.test is not None:
-                node.test = nodes.And(nodes.Not(_filter(nodes.Const(""), _TICK)), node.test)
-        for parent in list(tree.find_all(nodes.Node)):
+            assert isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock)
+            node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(""), _TICK, [], node.lineno)))
+            node.body[0].set_lineno(node.lineno)
+        # The innermost first: an outer one copies its operands.
+        for parent in reversed(list(tree.find_all(nodes.Node))):
             _replace_concatenations(parent)
-        for line, node in ((node.lineno, node) for node in tree.find_all(nodes.Node)):
-            if line is None:
-                node.set_lineno(1)
         return tree.set_environment(self)  # pyright: ignore[reportReturnType]
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -232,15 +230,19 @@ def _as_method(name: str, value: Any, given: tuple[Any, ...]) -> tuple[Any, tupl
     return (given[0] if given else "", (value,)) if name == "join" else (value, given)
 
 
-def _filter(node: nodes.Expr, name: str, arguments: list[nodes.Expr] | None = None) -> nodes.Filter:
-    return nodes.Filter(node, name, arguments or [], [], None, None)
+def _filter(node: nodes.Expr, name: str, arguments: list[nodes.Expr], line: int) -> nodes.Filter:
+    return nodes.Filter(node, name, arguments, [], None, None, lineno=line)
+
+
+def _concatenation(node: nodes.Concat) -> nodes.Filter:
+    return _filter(node.nodes[0], _CONCATENATE, node.nodes[1:], node.lineno)
 
 
 def _replace_concatenations(parent: nodes.Node) -> None:
     for field, value in parent.iter_fields():
         if isinstance(value, nodes.Concat):
-            setattr(parent, field, _filter(value.nodes[0], _CONCATENATE, value.nodes[1:]))
+            setattr(parent, field, _concatenation(value))
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, nodes.Concat):
-                    value[index] = _filter(item.nodes[0], _CONCATENATE, item.nodes[1:])
+                    value[index] = _concatenation(item)

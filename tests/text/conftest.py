@@ -47,7 +47,7 @@ def byte_level() -> Backend:
     return backend
 
 
-def sentencepiece(strip: bool = True) -> Backend:
+def sentencepiece(strip: int = 1) -> Backend:
     """BPE with `▁` for a space and a token for each byte, as Llama 2 (which strips) and Gemma have."""
     letters = Backend(models.BPE(unk_token="<unk>"))
     letters.normalizer = normalizers.Replace(" ", "▁")
@@ -65,7 +65,7 @@ def sentencepiece(strip: bool = True) -> Backend:
     prepend = [normalizers.Prepend("▁")] if strip else []
     backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", strip, 0)] if strip else steps)
     backend.add_special_tokens(specials())
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
@@ -101,7 +101,8 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES}
 MAKERS = {
     "byte_level": (byte_level, PLAIN),
     "sentencepiece": (sentencepiece, PLAIN),
-    "gemma_like": (lambda: sentencepiece(strip=False), PLAIN),
+    "gemma_like": (lambda: sentencepiece(strip=0), PLAIN),
+    "strips_two": (lambda: sentencepiece(strip=2), PLAIN),
     "metaspace": (metaspace, PLAIN),
     "wordpiece": (wordpiece, PLAIN | {"clean_up_tokenization_spaces": True}),
     # This class builds its own pre-tokenizer and decoder, whatever tokenizer.json says.

@@ -15,11 +15,12 @@ KINDS = {
     "extra_tokens": Kind.BYTE_LEVEL,
     "sentencepiece": Kind.METASPACE,
     "gemma_like": Kind.METASPACE,
+    "strips_two": Kind.METASPACE,
     "llama_class": Kind.METASPACE,
     "metaspace": Kind.METASPACE,
     "wordpiece": Kind.OTHER,
 }
-many = settings(max_examples=300, deadline=None)
+many = settings(max_examples=150, deadline=None)
 
 
 @pytest.fixture(scope="module")

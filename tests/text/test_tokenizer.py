@@ -13,7 +13,10 @@ from transformers import AutoTokenizer
 from jinfer.errors import ModelError, RequestError
 from jinfer.text.tokenizer import Tokenizer
 
-KINDS = ["byte_level", "sentencepiece", "gemma_like", "metaspace", "wordpiece", "llama_class", "extra_tokens"]
+KINDS = [
+    *("byte_level", "extra_tokens", "sentencepiece", "gemma_like", "strips_two", "llama_class"),
+    *("metaspace", "wordpiece"),
+]
 TEXTS = [
     "",
     " ",
