@@ -98,8 +98,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             assert isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock)
-            node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(""), _TICK, [], node.lineno)))
-            node.body[0].set_lineno(node.lineno)
+            tick = _filter(nodes.Const(""), _TICK, [], node.lineno)
+            node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
         # The innermost first: an outer one copies its operands.
         for parent in reversed(list(tree.find_all(nodes.Node))):
             _replace_concatenations(parent)
