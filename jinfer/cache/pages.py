@@ -110,8 +110,8 @@ class PagePool:
     def release(self, pages: Iterable[int]) -> None:
         """One sequence less uses these pages.
 
-        Order matters: what is released first is evicted first, so a sequence gives its pages back from its end,
-        and a chain of cached pages loses its leaves before its root.
+        Order matters: what is released first is evicted first, so a sequence gives its pages back from its
+        end, and a chain of cached pages loses its leaves before its root.
         """
         for page in pages:
             count = self._refcounts[page] - 1

@@ -54,7 +54,7 @@ class PrefixCache:
     def insert(self, key: bytes, page: int) -> None:
         """Makes a used, full page findable.
 
-        If another page has the key already, that one stays, and this one remains private: freed with its owner.
+        If another page has the key already, that one stays, and this one stays private: freed with its owner.
         """
         if key not in self._pages:
             self._pool.keep(page)

@@ -28,7 +28,7 @@ def order_of(request: Request, arrival: int, policy: str) -> Order:
 
 
 class WaitingQueue:
-    """Waiting entries by order. Removal is cheap anywhere: the entry's tuple stays in the heap until it surfaces."""
+    """Waiting entries by order. A removed one leaves its tuple in the heap until that surfaces."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[Order, Entry]] = []  # orders are unique, so entries are never compared

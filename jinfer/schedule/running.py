@@ -41,7 +41,7 @@ class RunningSet:
         return self.pool.num_available - self.reserved
 
     def admit(self, entry: Entry) -> bool:
-        """Gives a waiting entry a slot, its cached pages, and the promise of pages for its other known tokens.
+        """Gives a waiting entry a slot, its cached pages, and a promise of pages for its other known tokens.
 
         There must be a free slot. False, with nothing changed: the pages do not suffice.
         """

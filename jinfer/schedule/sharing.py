@@ -26,7 +26,7 @@ class PageSharing:
     def find(self, entry: Entry, num_tokens: int) -> list[int]:
         """Cached pages of the longest beginning of the entry's first `num_tokens` tokens, which are known.
 
-        At least the last token is left to compute: its logits are needed. The caller retains the pages at once.
+        At least the last token is left to compute: its logits are needed. The caller retains the pages.
         """
         pages: list[int] = []
         if self.looks_up(entry.request):

@@ -1,0 +1,382 @@
+"""The scheduler against a device that is simulated and a model that is naive.
+
+The device runs the steps in their order: it keeps what a runner keeps on device (a page table and a last token per
+slot) and an array of pages. What it writes for a token is a hash of all tokens before it, read through the page table:
+what real KV is a function of. The next token is a hash of that. So a page given away too early, shared wrongly, or
+named wrongly changes a context; and each request's output must be what its prompt alone determines, whatever the plan.
+"""
+
+from zlib import crc32
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jinfer.errors import QueueFullError, RequestError
+from jinfer.request import FinishReason, Request, RequestState
+from jinfer.sampling.params import SamplingParams
+from jinfer.schedule.scheduler import Scheduler
+
+VOCABULARY = 12
+END = 0
+
+
+def digest(*numbers):
+    return hash(numbers)  # of a tuple of ints it is the same in every process, unlike a string's
+
+
+def next_token(kv, index):
+    return digest(kv, index, -1) % VOCABULARY
+
+
+class Naive:
+    """What one request must read and write, kept as plain lists that nobody shares."""
+
+    def __init__(self, request, root):
+        self.request = request
+        self.root = root  # of the hash chain: requests that must not share pages differ in it
+        self.tokens = list(request.prompt_token_ids)  # those in flight included
+        self.kv = []  # of its present life, as far as dispatched
+        self.decodes = False  # its newest token was sampled in its present life, so it is in its slot
+        self.version = 0  # of the weights its last step ran with
+        self.saw_update = False  # ran while the weights changed: its output is a mixture
+        self.aborted = False
+
+    def chain(self, start, stop, version):
+        kv = self.kv[start - 1] if start else self.root
+        values = []
+        for token in self.tokens[start:stop]:
+            kv = digest(kv, token, version)
+            values.append(kv)
+        return values
+
+    def expected_output(self, version, limit):
+        """Token by token, with no scheduler at all."""
+        kv, output = self.root, []
+        for token in self.request.prompt_token_ids:
+            kv = digest(kv, token, version)
+        while True:
+            token = next_token(kv, self.request.index)
+            output.append(token)
+            if token in self.request.end_token_ids:
+                return output, FinishReason.STOP
+            if len(self.request.prompt_token_ids) + len(output) == limit:
+                return output, FinishReason.LENGTH
+            kv = digest(kv, token, version)
+
+
+class Device:
+    """Pages, page tables and last tokens, as a runner has them on device. Stale contents are never cleared."""
+
+    def __init__(self, num_pages, page_size, num_slots):
+        self.page_size = page_size
+        self.pages = [[0] * page_size for _ in range(num_pages)]
+        self.tables = [[] for _ in range(num_slots)]
+        self.last_token = [-1] * num_slots
+        self.version = 0
+
+    def read(self, table, stop):
+        return [self.pages[table[p // self.page_size]][p % self.page_size] for p in range(stop)]
+
+    def run(self, batch, naives):
+        """One step. Rows read what earlier steps wrote and what they write themselves, in any order."""
+        writes, sampled = {}, []
+        for row in batch.rows:
+            naive, table = naives[row.request], self.tables[row.slot]
+            if row.request in batch.admitted:
+                assert row.new_page_start == 0
+                naive.kv = naive.chain(0, row.start, self.version)
+                naive.decodes = False
+            else:
+                assert row.new_page_start * self.page_size >= row.start, "a page that is written changes"
+            table[row.new_page_start :] = row.new_pages
+            assert 0 not in table
+            end = row.start + row.count
+            assert (end - 1) // self.page_size == len(table) - 1, "a page too few or too many"
+            assert self.read(table, row.start) == naive.kv[: row.start], (
+                "the context is not the request's own"
+            )
+            if row.from_slot:
+                assert naive.decodes
+                assert row.count == 1
+                assert self.last_token[row.slot] == naive.tokens[row.start]
+            else:
+                chunk = row.request.token_slice(row.start, end)
+                assert chunk == naive.tokens[row.start : end]
+                assert len(chunk) == row.count
+            naive.version = self.version
+            values = naive.chain(row.start, end, self.version)
+            naive.kv = naive.kv[: row.start] + values
+            for position, value in enumerate(values, row.start):
+                place = (table[position // self.page_size], position % self.page_size)
+                assert place not in writes, "two rows write the same place"
+                writes[place] = value
+            token = -1  # a row that samples nothing returns anything
+            if row.samples:
+                assert end == len(naive.tokens)
+                naive.decodes = True
+                token = self.last_token[row.slot] = next_token(values[-1], row.request.index)
+                naive.tokens.append(token)
+            sampled.append(token)
+        for (page, offset), value in writes.items():
+            self.pages[page][offset] = value
+        return sampled
+
+
+prompts = st.builds(
+    lambda stem, length, tail: ([1, 2, 3, 4, 5, 6, 7, 8] * 3)[stem : stem + length] + tail,
+    st.integers(0, 1),
+    st.integers(0, 14),
+    st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=3),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        num_pages=st.integers(3, 18),
+        page_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(0, 9),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        caching=st.sampled_from([True, True, False]),
+        depth=st.sampled_from([1, 2, 2, 3]),
+    )
+    def start(self, num_pages, page_size, max_num_seqs, budget, policy, caching, depth):
+        self.caching, self.policy, self.depth = caching, policy, depth
+        self.budget = max_num_seqs + budget
+        self.model_len = 30
+        self.scheduler = Scheduler(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.budget,
+            max_model_len=self.model_len,
+            max_num_waiting=8,
+            enable_prefix_caching=caching,
+            policy=policy,
+        )
+        self.device = Device(num_pages, page_size, max_num_seqs)
+        self.room = (num_pages - 1) * page_size + 1
+        self.naives = {}
+        self.in_flight = []
+        self.groups = 0
+        self.is_sound = True
+
+    # ---- rules
+
+    @rule(
+        prompt=prompts,
+        max_tokens=st.one_of(st.integers(1, 12), st.none()),
+        salt=st.sampled_from(["", "", "", "tenant"]),
+        cacheable=st.sampled_from([True, True, True, False]),
+        priority=st.integers(0, 2),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        ends=st.booleans(),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    )
+    def add(self, prompt, max_tokens, salt, cacheable, priority, n, ends, prompt_logprobs):
+        self.groups += 1
+        group_id = f"r{self.groups}"
+        if not self.caching:  # as the engine does it
+            cacheable, salt = n > 1, group_id
+        leader = None
+        for index in range(n):
+            request = Request(
+                group_id,
+                tuple(prompt),
+                SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs),
+                priority=priority,
+                cache_salt=salt,
+                cacheable=cacheable,
+                index=index,
+                leader=leader,
+                end_token_ids=frozenset({END}) if ends else frozenset(),
+            )
+            fits = len(prompt) < min(self.model_len, self.room) and (
+                max_tokens is None or min(self.model_len, len(prompt) + max_tokens) <= self.room
+            )
+            waiting = self.scheduler.num_waiting
+            try:
+                self.scheduler.add(request)
+            except QueueFullError:
+                assert fits
+                assert waiting >= 8
+                return
+            except RequestError:
+                assert not fits
+                return
+            assert fits
+            assert waiting < 8
+            leader = leader or request
+            root = crc32(salt.encode()) if cacheable else digest(self.groups, index, -2)
+            self.naives[request] = Naive(request, root)
+
+    @precondition(lambda self: len(self.in_flight) < self.depth)
+    @rule()
+    def dispatch(self):
+        self.schedule_and_check()
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def commit(self):
+        batch, sampled = self.in_flight.pop(0)
+        alive = [not row.request.finished for row in batch.rows]
+        appended = self.scheduler.commit(batch, sampled)
+        expected = [
+            (row, token)
+            for row, token, lives in zip(batch.rows, sampled, alive, strict=True)
+            if row.samples and lives
+        ]
+        assert appended == expected
+        for row, token in appended:
+            naive = self.naives[row.request]
+            known = len(row.request.prompt_token_ids) + len(row.request.output_token_ids)
+            assert row.request.output_token_ids[-1] == token == naive.tokens[known - 1]
+
+    @rule(steps=st.integers(1, 12))
+    def run(self, steps):
+        for _ in range(steps):
+            if len(self.in_flight) < self.depth:
+                self.schedule_and_check()
+            if len(self.in_flight) == self.depth:
+                self.commit()
+
+    @precondition(lambda self: self.unfinished())
+    @rule(data=st.data())
+    def abort(self, data):
+        request = data.draw(st.sampled_from(self.unfinished()))
+        same = [r for r in self.unfinished() if r.request_id == request.request_id]
+        assert self.scheduler.abort(request.request_id) == same
+        for r in same:
+            assert r.finish_reason is FinishReason.ABORT
+            self.naives[r].aborted = True
+
+    @precondition(lambda self: self.unfinished())
+    @rule(data=st.data())
+    def finish(self, data):
+        request = data.draw(st.sampled_from(self.unfinished()))
+        self.scheduler.finish(request, FinishReason.STOP, "stop")
+        assert (request.finish_reason, request.stop_reason) == (FinishReason.STOP, "stop")
+        self.naives[request].aborted = True
+
+    @rule()
+    def update_weights(self):
+        self.device.version += 1
+        self.scheduler.reset_prefix_cache()
+        for request in self.unfinished():
+            if request.num_computed or request.output_token_ids or request.num_in_flight:
+                self.naives[request].saw_update = True
+
+    # ---- what must hold
+
+    def unfinished(self):
+        return [r for r in self.naives if not r.finished]
+
+    def order(self, request):
+        return (request.priority if self.policy == "priority" else 0, list(self.naives).index(request))
+
+    def schedule_and_check(self):
+        self.is_sound = False  # until the end: after a failure teardown would only report its consequences
+        before = {r: (r.state, len(self.naives[r].tokens)) for r in self.unfinished()}
+        running = [r for r, (state, _) in before.items() if state is RequestState.RUNNING]
+        batch = self.scheduler.schedule()
+        preempted = [r for r in running if r.state is RequestState.WAITING]
+        for victim in preempted:
+            others = [r for r in running if r.state is RequestState.RUNNING]
+            assert all(self.order(r) < self.order(victim) for r in others), "not the newest was preempted"
+        if batch is None:
+            assert self.in_flight or not before, "nothing runs and nothing will"
+            self.is_sound = True
+            return
+        rows = {row.request: row for row in batch.rows}
+        assert len(rows) == len(batch.rows)
+        assert len({row.slot for row in batch.rows}) == len(batch.rows)
+        assert sum(row.count for row in batch.rows) == batch.num_tokens <= self.budget
+        assert [row.from_slot for row in batch.rows] == [i < batch.num_decode_rows for i in range(len(rows))]
+        assert batch.decode_only == all(row.from_slot for row in batch.rows)
+        for request in running:
+            tokens = before[request][1]
+            is_open = self.naives[request].decodes and tokens < self.limit(request)
+            if is_open and request not in preempted:
+                assert rows[request].from_slot, "a decode was left out"
+            if tokens == self.limit(request):
+                assert request not in rows, "a row in vain whose end was certain"
+        self.check_budget_and_admission(batch, before, preempted)
+        sampled = self.device.run(batch, self.naives)
+        self.in_flight.append((batch, sampled))
+        self.is_sound = True
+
+    def check_budget_and_admission(self, batch, before, preempted):
+        chunks = [row for row in batch.rows if not row.from_slot]
+        if any(not row.samples for row in chunks):
+            assert batch.num_tokens == self.budget, "a chunk was cut though budget was left"
+            assert sum(not row.samples for row in chunks) == 1, "the budget was not spent in order"
+        assert not (preempted and batch.admitted)
+        waiting = [
+            r for r in before if r.state is RequestState.WAITING and (r.leader is None or r.num_preemptions)
+        ]
+        for request in batch.admitted:
+            assert before[request][0] is RequestState.WAITING
+            assert all(self.order(request) < self.order(r) for r in waiting), "the queue was jumped"
+            row = next(row for row in batch.rows if row.request is request)
+            assert row.start % self.scheduler.page_size == 0
+            if not request.cacheable or (not self.caching and request.leader is None):
+                assert row.start == 0
+
+    def limit(self, request):
+        limit = min(self.model_len, self.room)
+        asked = request.params.max_tokens
+        return limit if asked is None else min(limit, request.num_prompt_tokens + asked)
+
+    @invariant()
+    def books_balance(self):
+        if not hasattr(self, "scheduler"):
+            return
+        s = self.scheduler
+        s.check_integrity()
+        running = [r for r in self.naives if r.state is RequestState.RUNNING]
+        assert s.num_running == len(running)
+        assert s.num_waiting == len(self.unfinished()) - len(running)
+        owned = {page for r in running for page in self.device.tables[r.slot]}
+        assert s.pool.num_used == len(owned), "what ended has not returned everything"
+        assert s.kv_usage == len(owned) / s.pool.num_total
+        assert 0 <= s.used_tokens <= s.allocated_tokens
+        assert 0 <= s.prefix_hits <= s.prefix_queries
+
+    def teardown(self):
+        if not hasattr(self, "scheduler") or not self.is_sound:
+            return
+        # Preempted work is done again, but the first in line always advances: a bound on its steps bounds the run.
+        steps = len(self.naives) * 2 * (self.model_len + 4)
+        while self.unfinished() or self.in_flight:
+            steps -= 1
+            assert steps > 0, "no progress"
+            if len(self.in_flight) < self.depth:
+                self.schedule_and_check()
+            if self.in_flight:
+                self.commit()
+            self.books_balance()
+        assert not self.scheduler.has_unfinished
+        assert self.scheduler.kv_usage == 0
+        for request, naive in self.naives.items():
+            assert request.finished
+            assert request.num_in_flight == 0
+            if naive.saw_update:
+                continue
+            output, reason = naive.expected_output(naive.version, self.limit(request))
+            if naive.aborted:
+                assert output[: len(request.output_token_ids)] == request.output_token_ids
+            else:
+                assert (request.output_token_ids, request.finish_reason) == (output, reason)
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=300,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+test_any_plan_gives_every_request_its_own_output = pytest.mark.timeout(300)(SchedulerMachine.TestCase)
