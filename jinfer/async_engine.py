@@ -56,6 +56,8 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}  # touched by the engine thread only
         self._draining = False
         self._stopped = False
+        self._closed = False  # the thread takes no more commands; changed under the lock
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="jinfer-engine", daemon=True)
 
     # Life
@@ -195,17 +197,19 @@ class AsyncEngine:
 
     def _forget(self, engine: Engine, request_id: str, stream: _Stream) -> None:
         if self._streams.get(request_id) is stream:
-            engine.abort(request_id)
+            # Silently: the id may be in use again before the next step tells of ends.
+            engine.abort(request_id, silent=True)
             del self._streams[request_id]
 
     async def _call(self, function: Callable[[Engine], Any]) -> Any:
         """Runs a function in the engine's thread and returns its result, or raises what it raised."""
-        if not self.is_healthy:
-            raise EngineDeadError(self.error or "the engine was shut down")
         result: Future[Any] = Future()
 
         def command(engine: Engine) -> None:
             if not result.set_running_or_notify_cancel():
+                return
+            if self._closed:
+                result.set_exception(EngineDeadError(self._why_dead()))
                 return
             try:
                 result.set_result(function(engine))
@@ -215,12 +219,15 @@ class AsyncEngine:
                 result.set_exception(EngineDeadError(f"the engine failed: {error}"))
                 raise
 
-        self._commands.put(command)
-        try:
-            return await asyncio.wrap_future(result)
-        except asyncio.CancelledError:
-            # The caller is gone. If the command has run all the same, its own clean-up follows in the queue.
-            raise
+        with self._closing:
+            if not self.is_healthy:
+                raise EngineDeadError(self._why_dead())
+            self._commands.put(command)
+        # If the caller is cancelled here, the command may still run: its own clean-up follows in the queue.
+        return await asyncio.wrap_future(result)
+
+    def _why_dead(self) -> str:
+        return self.error or "the engine was shut down"
 
     # The engine's thread
 
@@ -232,6 +239,7 @@ class AsyncEngine:
         except BaseException as error:
             self.error = f"the engine could not start: {error}"
             self._ready.set_exception(error)
+            self._close(None)
             return
         self._ready.set_result(None)
         try:
@@ -289,17 +297,19 @@ class AsyncEngine:
             engine.fail_all(message)
         except Exception:
             logger.debug("after the failure the books could not be closed", exc_info=True)
-        # Commands that came too late must not wait for ever.
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            if command is not None:
+        self._close(engine)
+
+    def _close(self, engine: Engine | None) -> None:
+        """Answers the commands that came too late: none may wait for ever, and none reaches a dead engine."""
+        with self._closing:
+            self._closed = True
+            while True:
                 try:
-                    command(engine)
-                except BaseException:
-                    logger.debug("a command after the failure failed", exc_info=True)
+                    command = self._commands.get_nowait()
+                except queue.Empty:
+                    return
+                if command is not None:
+                    command(engine)  # type: ignore[arg-type]  # it looks at _closed first
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> None:

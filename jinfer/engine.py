@@ -11,6 +11,7 @@ A row whose end is found in n has one more token computed in n+1, which commit t
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +29,6 @@ from jinfer.schedule.scheduler import Scheduler
 from jinfer.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-GOLDEN = 0x9E3779B97F4A7C15  # spreads the numbers of unseeded requests over 64 bits
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Engine:
         self._pending: StepHandle | None = None
         self._ended: list[OutputDelta] = []  # ends that no step caused: told by the next step
         self._counters = _Counters()
-        self._unseeded = 0
+        self._seeds = random.Random(config.seed)  # for requests that bring none
         loaded = time.monotonic()
         seconds = self.runner.warmup() if config.warmup else 0.0
         logger.info("loaded in %.1f s, compiled in %.1f s", loaded - started, seconds)
@@ -172,8 +171,10 @@ class Engine:
         """Queues a request; its n choices are forks that share the prompt's pages.
 
         Raises:
-          RequestError: it can never run. QueueFullError: it cannot now; nothing of it stays.
+          RequestError: it can never run, or its id is in use. QueueFullError: it cannot now; nothing of it stays.
         """
+        if self.scheduler.has(request_id):
+            raise RequestError(f"request id {request_id!r} is in use: choose another, or wait for its end")
         self.validate(prompt_token_ids, params)
         prompt = tuple(prompt_token_ids)
         arrival = time.monotonic() if arrival_time is None else arrival_time
@@ -206,17 +207,14 @@ class Engine:
                 self.scheduler.add(request)
                 self._streams[request] = OutputStream.open(request, self.tokenizer)
                 leader = leader or request
-        except RequestError:
+        except BaseException:
             for request in self.scheduler.abort(request_id):
                 self._streams.pop(request, None)
             raise
         self._counters.prompt_tokens += len(prompt)
 
     def _seed(self, params: SamplingParams) -> int:
-        if params.seed is not None:
-            return params.seed
-        self._unseeded += 1
-        return ((self.config.seed + 1) * GOLDEN + self._unseeded * GOLDEN * 2) % 2**63
+        return self._seeds.getrandbits(63) if params.seed is None else params.seed
 
     def _is_cacheable(self, prompt_length: int, params: SamplingParams) -> bool:
         if not self.config.enable_prefix_caching and params.n == 1:
@@ -226,10 +224,13 @@ class Engine:
         original = scaling.original_max_position_embeddings or self.model_config.max_position_embeddings
         return scaling.rope_type != "dynamic" or prompt_length <= original
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have ended."""
+    def abort(self, request_id: str, *, silent: bool = False) -> None:
+        """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have ended.
+
+        silent: the next step's deltas do not tell of it, for a caller who has stopped listening.
+        """
         for request in self.scheduler.abort(request_id):
-            self._close(request)
+            self._close(request, silent)
 
     def fail_all(self, message: str) -> list[OutputDelta]:
         """Ends everything with an error: the engine's own fault."""
@@ -237,17 +238,20 @@ class Engine:
             self.scheduler.finish(request, FinishReason.ERROR)
             delta = stream.delta([], "", None)
             delta.finish_reason, delta.error = FinishReason.ERROR, message
+            self._counters.finished[FinishReason.ERROR.value] += 1
             self._ended.append(delta)
         self._streams.clear()
         self._pending = None
+        self.scheduler.reset_prefix_cache()
         deltas, self._ended = self._ended, []
         return deltas
 
-    def _close(self, request: Request) -> None:
+    def _close(self, request: Request, silent: bool) -> None:
         stream = self._streams.pop(request, None)
         if stream is not None:
             self._count_end(request)
-            self._ended.append(stream.delta([], stream.detokenizer.flush(), None))
+            if not silent:
+                self._ended.append(stream.delta([], stream.detokenizer.flush(), None))
 
     def _count_end(self, request: Request) -> None:
         assert request.finish_reason is not None
@@ -256,7 +260,18 @@ class Engine:
     # Steps
 
     def step(self) -> list[OutputDelta]:
-        """Dispatches the next step and returns what the one before (with overlap) or this one yielded."""
+        """Dispatches the next step and returns what the one before (with overlap) or this one yielded.
+
+        If it raises, tokens are lost: end what runs with `abort` or `fail_all`.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            # Pages that a lost step was to fill must not be found by those who come later.
+            self.scheduler.reset_prefix_cache()
+            raise
+
+    def _step(self) -> list[OutputDelta]:
         begin = time.perf_counter()
         waited = 0.0
         batch = self.scheduler.schedule()
@@ -287,7 +302,7 @@ class Engine:
         for row, token in appended:
             request = row.request
             stream = self._streams[request]
-            text = stream.push(token)
+            text = self._text_of(stream, token)
             stopped_by = stream.detokenizer.stopped_by
             if stopped_by is not None:
                 self.scheduler.finish(request, FinishReason.STOP, stopped_by)
@@ -301,6 +316,16 @@ class Engine:
             if count is not None and table is not None:
                 logprobs = [token_logprobs(table, index_of[id(row)], token, count)]
             deltas.append(stream.delta([token], text, logprobs))
+
+    def _text_of(self, stream: OutputStream, token: int) -> str:
+        """The text that a token adds. A fault in it ends this request and no other."""
+        try:
+            return stream.push(token)
+        except Exception as error:
+            logger.exception("request %s: token %d has no text", stream.request.request_id, token)
+            self.scheduler.finish(stream.request, FinishReason.ERROR)
+            stream.error = f"detokenizing token {token} failed: {type(error).__name__}: {error}"
+            return ""
 
     def _keep_prompt_logprobs(self, handle: StepHandle) -> None:
         table, at = None, 0

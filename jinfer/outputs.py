@@ -18,6 +18,7 @@ class OutputStream:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     told_prompt: bool = False
     min_length: int = 0  # stop strings count only from this many tokens on
+    error: str | None = None  # what went wrong, with FinishReason.ERROR
 
     @classmethod
     def open(cls, request: Request, tokenizer: Tokenizer) -> OutputStream:
@@ -62,4 +63,5 @@ class OutputStream:
             delta.finish_reason = request.finish_reason
             delta.stop_reason = request.stop_reason
             delta.timings = request.timings()
+            delta.error = self.error
         return delta

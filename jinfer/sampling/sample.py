@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int
@@ -23,7 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jinfer.sampling.features import BAN, BIAS, HISTORY, LOGPROBS, MIN_P, RANDOM, TOP_K, TOP_P
 from jinfer.sampling.params import MAX_LOGPROBS
 
-NEVER = jnp.float32(-jnp.inf)
+NEVER = np.float32(-np.inf)  # numpy: a jax array here would start the backend on import
+BELOW_ONE = np.float32(1 - 2**-24)
+LOWEST_TEMPERATURE = 1e-9  # here all but ties with the most likely token have vanished
 
 
 class RowParams(NamedTuple):
@@ -123,8 +126,9 @@ def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
     index = jnp.broadcast_to(jnp.arange(half, dtype=jnp.uint32), shape)
     bits = jnp.concatenate(threefry2x32_p.bind(high, low, position, index), axis=1)[:, :vocab]
     # The winner's noise is large where `uniform` is small, and there a float32 keeps all 32 bits' worth: unlikely
-    # tokens are drawn as often as they should be. At 1 the noise is -inf, which loses and does no harm.
-    uniform = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
+    # tokens are drawn as often as they should be. At 1 the noise would be -inf, and the only token that the filters
+    # left could lose to one of those they dropped.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32), BELOW_ONE)
     return jnp.argmax(logits - jnp.log(-jnp.log1p(-uniform)), axis=1).astype(jnp.int32)
 
 
@@ -182,7 +186,9 @@ def choose(logits: Array, rows: RowParams) -> Int[Array, "R"]:
 
     def random(logits: Array) -> Array:
         greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
-        warm = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+        # The largest logit becomes 0, so that no temperature, however low, makes an infinity of it.
+        cold = logits - jnp.max(logits, axis=1, keepdims=True)
+        warm = cold / jnp.maximum(rows.temperature, LOWEST_TEMPERATURE)[:, None]
         warm = when(TOP_K | TOP_P, lambda x: keep_top(x, rows.top_k, rows.top_p), warm)
         warm = when(MIN_P, lambda x: keep_min_p(x, rows.min_p), warm)
         return jnp.where((rows.features & RANDOM) != 0, draw(warm, rows), greedy)

@@ -124,6 +124,10 @@ class Scheduler:
         """The most tokens, prompt and output, one request can have here (the last one's KV is not needed)."""
         return min(self.max_model_len, self.pool.num_total * self.page_size + 1)
 
+    def has(self, request_id: str) -> bool:
+        """Whether an unfinished request has this id."""
+        return request_id in self._by_id
+
     def parked(self) -> list[Entry]:
         """Forks that wait for their leaders' prompts."""
         return [fork for entry in self.entries.values() for fork in entry.forks]
