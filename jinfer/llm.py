@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
@@ -58,7 +59,7 @@ class LLM:
           RequestError: a prompt or parameter is refused; nothing of the batch has run then.
         """
         many = _as_list(prompts)
-        token_ids = [self.encode(p) if isinstance(p, str) else list(p) for p in many]
+        token_ids = [self.encode(p) if isinstance(p, str) else _plain_ids(p) for p in many]
         texts = [p if isinstance(p, str) else None for p in many]
         return self._run(token_ids, texts, _per_prompt(sampling_params, len(many)), priority, use_tqdm)
 
@@ -105,8 +106,7 @@ class LLM:
         priority: Sequence[int] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        for prompt, p in zip(prompts, params, strict=True):
-            self.engine.validate(prompt, p)
+        self._check(prompts, params, priority)
         ids = [f"llm-{next(_numbers)}" for _ in prompts]
         results = {
             request_id: _Result(request_id, text, prompt, p.n)
@@ -130,6 +130,20 @@ class LLM:
                 pass
             raise
         return [results[request_id].output() for request_id in ids]
+
+    def _check(
+        self, prompts: list[list[int]], params: list[SamplingParams], priority: Sequence[int] | None
+    ) -> None:
+        limit = self.engine.config.max_num_waiting
+        for prompt, p in zip(prompts, params, strict=True):
+            self.engine.validate(prompt, p)
+            if p.n > limit:
+                raise RequestError(
+                    f"n is {p.n} and the queue holds max_num_waiting={limit}: lower n or raise that",
+                    param="n",
+                )
+        if priority is not None and len(priority) != len(prompts):
+            raise RequestError(f"{len(priority)} priorities for {len(prompts)} prompts: give one per prompt")
 
     def _feed(self, waiting: list[tuple[str, list[int], SamplingParams, int]]) -> None:
         """Hands over as many requests as the engine's queue takes."""
@@ -182,9 +196,18 @@ class _Result:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    many = _listed(prompts)
+    return [many] if many and isinstance(many[0], Integral) else many
+
+
+def _plain_ids(ids: Any) -> list[int]:
+    """Token ids as Python integers, whatever array they come in; what is no integer stays, to be refused by name."""
+    return [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in _listed(ids)]
+
+
+def _listed(values: Any) -> list[Any]:
+    """A sequence or array as a list."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
