@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tools.bench`. What each command measures stands in its own file."""
