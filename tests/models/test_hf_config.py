@@ -124,7 +124,7 @@ def check_equal(ours: ModelConfig, theirs: LlamaConfig) -> None:
     assert list(ours.eos_token_ids) == (eos if isinstance(eos, list) else [] if eos is None else [eos])
     assert ours.dtype == (None if theirs.dtype is None else str(theirs.dtype).removeprefix("torch."))
     theirs.standardize_rope_params()  # as transformers does again where it computes the angles
-    rope = dict(theirs.rope_parameters)  # type: ignore[arg-type]
+    rope: dict[str, Any] = dict(theirs.rope_parameters or {})  # type: ignore
     assert ours.rope_theta == rope.pop("rope_theta")
     rope.pop("type", None)
     scaling = dataclasses.asdict(ours.rope_scaling)

@@ -127,7 +127,7 @@ def server(weights, write_checkpoint) -> Iterator[Hub]:
     files |= {"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}", "tokenizer.model": b"\0"}
     files |= {"chat_template.jinja": b"{{ 1 }}", "additional_chat_templates/tools.jinja": b"{{ 2 }}"}
     files |= UNWANTED
-    repos = dict.fromkeys(("owner/model", "private/model", "gated/model"), files)
+    repos: dict[str, dict[str, bytes]] = dict.fromkeys(("owner/model", "private/model", "gated/model"), files)
     repos["owner/pickled"] = {"config.json": files["config.json"], "pytorch_model.bin": b"pickle"}
     repos["owner/data"] = {"readme.txt": b"", "data.json": b"{}"}
     hub_server = Hub(repos)

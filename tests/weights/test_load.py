@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ def first(tensors: list[np.ndarray]) -> np.ndarray:
     return tensors[0]
 
 
-def leaf(path: str, shape: tuple[int, ...], *names: str, dtype=np.float32, build=first, **more) -> Leaf:
+def leaf(
+    path: str, shape: tuple[int, ...], *names: str, dtype: Any = np.float32, build=first, **more
+) -> Leaf:
     """A leaf whose sources (by default one tensor of its name) have the leaf's own shape."""
     return Leaf(path, shape, dtype, tuple((name, shape) for name in names or (path,)), build, **more)
 
@@ -45,7 +48,7 @@ def opened(write_checkpoint):
         source.close()
 
 
-def random(*shape: int, dtype=np.float32, seed: int = 0) -> np.ndarray:
+def random(*shape: int, dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
@@ -213,6 +216,7 @@ def test_mistakes_in_a_plan_are_told(opened):
 MEASURE = """
 import re, sys
 from pathlib import Path
+from typing import Any
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jinfer.weights.load import Leaf, load_leaves
