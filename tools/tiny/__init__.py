@@ -1,0 +1,1 @@
+"""Parts of `tools.train_tiny`: the tiny world, its tokenizer, the network, training, export and evaluation."""
