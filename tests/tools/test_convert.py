@@ -165,7 +165,7 @@ def test_command_line(model, tmp_path):
         str(tmp_path / "out"),
     ]
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'out'}: ")
     assert f"serve it with --model {tmp_path / 'out'}" in done.stdout

@@ -166,7 +166,7 @@ def resolve(tmp_path):
             cwd=Path(hub.__file__).parents[2],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         return [tuple(json.loads(line)) for line in done.stdout.splitlines()]

@@ -234,7 +234,7 @@ def test_damaged_arrays_are_named(tmp_path):
         [sys.executable, "-c", DAMAGE, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
