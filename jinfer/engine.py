@@ -73,7 +73,7 @@ class Engine:
         started = time.monotonic()
         model = load_model(config)
         self.model_config, self.folder = model.config, model.folder
-        text_folder = resolve_model(config.tokenizer) if config.tokenizer else model.folder
+        text_folder = resolve_model(config.tokenizer, weights=False) if config.tokenizer else model.folder
         self.tokenizer = Tokenizer.from_folder(text_folder)
         self.chat_template = ChatTemplate.from_folder(text_folder)
         self.kv_plan = plan_kv(model.spec, model.mesh, config)

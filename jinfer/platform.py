@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -12,12 +14,15 @@ from jinfer.config import EngineConfig
 
 logger = logging.getLogger(__name__)
 
+GOOGLE_PCI_VENDOR = "0x1ae0"
+
 
 def prepare_platform(config: EngineConfig) -> None:
     """Asks for enough virtual CPU devices where the CPU is the backend, and turns the compile cache on.
 
     Both only where the caller has not: settings made before stay as they are.
     """
+    _skip_absent_tpu()
     if config.tensor_parallel_size > 1:
         _ask_for_cpu_devices(config.tensor_parallel_size)
     if jax.config.jax_compilation_cache_dir is None and config.compilation_cache_dir != "off":
@@ -31,6 +36,28 @@ def prepare_platform(config: EngineConfig) -> None:
         # Every program of a step is worth keeping: a start compiles a dozen.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _skip_absent_tpu() -> None:
+    """Where libtpu is installed and no TPU is there, jax would look for one at length and warn loudly."""
+    if jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS"):  # type: ignore[attr-defined]
+        return
+    if importlib.util.find_spec("libtpu") is None or _has_tpu() or Path("/dev/nvidiactl").exists():
+        return
+    with contextlib.suppress(RuntimeError):  # a backend runs already
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _has_tpu() -> bool:
+    if any(Path("/dev").glob("accel*")):
+        return True
+    for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
+        try:
+            if vendor.read_text().strip() == GOOGLE_PCI_VENDOR:
+                return True
+        except OSError:
+            continue
+    return False
 
 
 def default_cache_folder() -> Path:

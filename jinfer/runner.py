@@ -82,13 +82,14 @@ class Runner:
     def __init__(self, model: LoadedModel, config: EngineConfig, kv: KVPlan) -> None:
         self.mesh, self.spec, self.kv_plan, self.config = model.mesh, model.spec, kv, config
         self.params: dict[str, Any] = dict(model.params.arrays)
+        self._is_cpu = self.mesh.devices.flat[0].platform == "cpu"
         self.recompiles = 0
         self.host_seconds = 0.0  # spent in pack and dispatch
         self._replicated = NamedSharding(self.mesh, P())
         self._layout = KVLayout(kv.pages, kv.page_size, kv.implementation)
-        # A CPU compiles slowly, two at a time, and pays less for padded rows than for a start twice as long.
-        growth = 4 if self.mesh.devices.flat[0].platform == "cpu" else 2
-        self._row_buckets = buckets(1, config.max_num_seqs, growth)
+        # A CPU compiles slowly, and pays less for a padded prompt chunk than for a start that takes longer.
+        growth = 4 if self._is_cpu else 2
+        self._row_buckets = buckets(1, config.max_num_seqs)
         self._token_buckets = buckets(
             min(SMALLEST_MIXED, config.max_num_batched_tokens), config.max_num_batched_tokens, growth
         )
@@ -190,7 +191,7 @@ class Runner:
         missing = [s for s in self.all_shapes() if s not in self._programs]
         # Tracing holds the interpreter's lock, compiling does not: the pool compiles what is traced so far.
         with ThreadPoolExecutor(max_workers=4) as pool:
-            futures = [(s, pool.submit(self.lower(s).compile)) for s in missing]
+            futures = [(s, pool.submit(self._compile, self.lower(s))) for s in missing]
             for shape, future in futures:
                 self._programs[shape] = future.result()
         self.slots = self._load_tables(self.slots, jnp.int32(0), self._empty_tables())
@@ -199,13 +200,20 @@ class Runner:
         jax.block_until_ready(self.slots)
         return time.monotonic() - start
 
+    def _compile(self, lowered: Any) -> Any:
+        # Measured on CPU: level 1 compiles a quarter faster than the default 3 and its steps are no slower, since
+        # the products come from a library and the rest is bound by memory.
+        return lowered.compile(
+            compiler_options={"xla_backend_optimization_level": 1} if self._is_cpu else None
+        )
+
     def _program(self, shape: StepShape) -> Any:
         program = self._programs.get(shape)
         if program is None:
             if self.config.warmup:
                 self.recompiles += 1
                 logger.warning("compiling step %s while serving: this is a bug, please report it", shape)
-            program = self._programs[shape] = self.lower(shape).compile()
+            program = self._programs[shape] = self._compile(self.lower(shape))
         return program
 
     # Running
@@ -221,7 +229,8 @@ class Runner:
             self._spill_pages(spilled)
         program = self._program(shape)
         self.kv, self.slots, output = program(self.params, self.kv, self.slots, packed)
-        output.tokens.copy_to_host_async()
+        if not self._is_cpu:
+            output.tokens.copy_to_host_async()
         return StepHandle(batch, output)
 
     def _upload_tables(self, request: Any) -> None:

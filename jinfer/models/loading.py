@@ -17,6 +17,7 @@ from jinfer.mesh import make_mesh, named_sharding
 from jinfer.models import llama
 from jinfer.models.decoder import ModelSpec, Params, skeleton
 from jinfer.models.hf_config import ModelConfig, read_config
+from jinfer.models.refit import refit_kv_heads
 from jinfer.models.weight_map import WeightMap
 from jinfer.weights.hub import resolve_model
 from jinfer.weights.load import load_leaves
@@ -95,7 +96,7 @@ def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:
     if _is_orbax(folder, engine.load_format):
         from jinfer.weights.orbax_store import restore_orbax
 
-        arrays = restore_orbax(folder, targets(spec, mesh))
+        arrays = restore_orbax(folder, targets(spec, mesh), refit=refit_kv_heads, progress=progress)
     else:
         family = FAMILIES[config.model_type]
         source = open_safetensors(folder)
