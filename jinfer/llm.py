@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -85,7 +85,7 @@ class LLM:
         if template is None:
             raise RequestError(f"{self.engine.config.model} has no chat template: use generate()")
         several = bool(messages) and not isinstance(messages[0], Mapping)
-        chats: Iterable[Any] = messages if several else [messages]
+        chats: list[Any] = list(messages) if several else [messages]
         texts = [template.render(chat, **template_options) for chat in chats]
         token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return self._run(token_ids, list(texts), _per_prompt(sampling_params, len(texts)), None, use_tqdm)
