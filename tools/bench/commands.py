@@ -7,6 +7,8 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+
 from jinfer import ConfigError, EngineConfig
 from tools.bench import machine
 from tools.bench.alternate import System, alternate
@@ -36,8 +38,6 @@ def run_engine(
     concurrency: int | None,
 ) -> Report:
     """The engine in this process, and transformers if asked for. concurrency: 1 is single-stream."""
-    if measurement.min_ratio is not None and measurement.compare is None:
-        raise ConfigError("min_ratio needs something to compare with: give compare too")
     host = machine.look()
     named = config.model
     config = dataclasses.replace(config, model=resolve_random(config.model))
@@ -47,7 +47,7 @@ def run_engine(
     engine = EngineSystem(config, workload.longest, concurrency)
     host = dataclasses.replace(host, accelerators=machine.accelerators())
     systems: list[System] = [engine]
-    dtype = str(engine.engine.runner.spec.build.dtype.__name__)
+    dtype = np.dtype(engine.engine.runner.spec.build.dtype).name
     if measurement.compare == "hf":
         systems += _hf_systems(engine, host, measurement, dtype, one_by_one=concurrency == 1)
     runs = alternate(
@@ -96,9 +96,10 @@ def run_serve(workload: Workload, load: Load, measurement: Measurement) -> Repor
     with ExitStack() as stack:
         url, pid = load.url, None
         if url is None:
+            name = load.served_model_name or load.model
             say(f"starting jinfer.serve with {load.model or 'the bundled model'}")
             url, pid = stack.enter_context(
-                started_server(model, load.server_args, load.api_key, load.start_timeout)
+                started_server(model, name, load.server_args, load.api_key, load.start_timeout)
             )
         main = find_server(url, load.served_model_name, load.api_key, pid)
         systems: list[System] = [HTTPSystem(main, load, "jinfer.serve" if pid else main.name)]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from jinfer import __version__
+
 BUSY_SHARE = 0.15  # of all cores: beyond it somebody else's work shows in the figures
-PACKAGES = ("jinfer", "jax", "jaxlib", "numpy", "transformers", "torch")
+PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "torch")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def accelerators() -> tuple[str, ...]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    # jinfer's own number needs no installed package: a checkout may run as it is.
+    found = {"jinfer": __version__}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ def write_plot(report: Report, path: str) -> None:
     """Writes a PNG. Raises ConfigError if the file cannot be written."""
     # Figure without pyplot: no window, no global state, whatever backend is set.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(14, 4.9), dpi=120, layout="constrained")
+    figure = Figure(figsize=(14, 5), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
     axes = figure.subplots(1, 1 + len(PANELS), width_ratios=(1.1, 1, 1, 1))
     _draw_throughput(axes[0], report)
     for axis, (name, words) in zip(axes[1:], PANELS, strict=True):
@@ -33,14 +35,16 @@ def write_plot(report: Report, path: str) -> None:
     figure.legend(
         handles,
         labels,
-        loc="outside upper left",
+        loc="outside upper right",
         ncols=len(labels),
         frameon=False,
         fontsize=10,
         labelcolor=INK,
     )
     figure.suptitle(report.title, x=0.008, ha="left", fontsize=12, fontweight="bold", color=INK)
-    small = report.machine.line + "".join(f"\nwarning: {w}" for w in report.warnings[:2])
+    small = "\n".join(
+        [*report.notes[-1:], report.machine.line, *(f"warning: {w}" for w in report.warnings[:2])]
+    )
     figure.supxlabel(small, x=0.008, ha="left", fontsize=8, color="#777777")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -68,7 +72,7 @@ def _draw_throughput(axis: Any, report: Report) -> None:
             fontweight="bold",
             color=INK,
         )
-    axis.set_xticks([])
+    axis.set_xticks(range(len(report.runs)), [textwrap.fill(name, 16) for name in report.runs])
     axis.set_xlim(-0.6, len(report.runs) - 0.4)
     axis.margins(y=0.12)
     axis.set_ylim(bottom=0)
@@ -77,6 +81,8 @@ def _draw_throughput(axis: Any, report: Report) -> None:
 
 def _draw_latency(axis: Any, report: Report, name: str, words: str) -> None:
     """The share of values at or under each latency, all runs together."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     spread = []
     for i, (system, runs) in enumerate(report.runs.items()):
         values = np.sort(np.array([v for run in runs for v in run.latencies(name)])) * 1000
@@ -94,8 +100,11 @@ def _draw_latency(axis: Any, report: Report, name: str, words: str) -> None:
         )
     every = np.concatenate(spread)
     every = every[np.isfinite(every) & (every > 0)]
-    if len(every) and np.percentile(every, 99) > 20 * np.percentile(every, 1):
+    if len(every) and np.percentile(every, 95) > 20 * np.percentile(every, 5):
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0,)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     else:
         axis.set_xlim(left=0)
     if name in report.limits:
@@ -111,6 +120,7 @@ def _style(axis: Any, title: str, grid: Any) -> None:
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.spines["bottom"].set_color("#999999")
+    axis.tick_params(which="minor", length=0)
     axis.grid(axis=grid, color=FAINT, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(colors=INK, labelsize=9, length=0)

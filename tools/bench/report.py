@@ -199,7 +199,7 @@ class Report:
         add(ROWS)
         for latency in LATENCIES:
             names = [f"{latency}_ms.{part}" for part in ("mean", "p50", "p95", "p99")]
-            cells = [" / ".join(shown(f.get(name), 1) for name in names) for f in self.medians.values()]
+            cells = [" / ".join(brief(f.get(name)) for name in names) for f in self.medians.values()]
             rows.append((f"{latency.upper()} ms, mean / p50 / p95 / p99", *cells))
         add(ENGINE_ROWS)
         add(COUNT_ROWS)
@@ -286,6 +286,13 @@ def nested(figures: Figures) -> dict[str, Any]:
 
 def shown(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def brief(value: float | None) -> str:
+    """Three digits, as many as a latency deserves."""
+    if value is None:
+        return "-"
+    return shown(value, 0 if value >= 100 else 1 if value >= 10 else 2)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -22,9 +22,13 @@ LOG_TAIL = 1500  # characters of the server's log that are shown when it fails
 
 @contextmanager
 def started_server(
-    model: str | None, flags: str, api_key: str | None, start_timeout: float
+    model: str | None, name: str | None, flags: str, api_key: str | None, start_timeout: float
 ) -> Iterator[tuple[str, int]]:
     """URL and process id of a server that is ready; it ends with the context.
+
+    Args:
+      name: of the model in the API; None leaves it to the server, as does model.
+      flags: more of them, as on a command line.
 
     Raises:
       ConfigError: it ended, or was not ready in time; with the end of its log.
@@ -32,6 +36,7 @@ def started_server(
     port = _free_port()
     command = [sys.executable, "-m", "jinfer.serve", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", model] if model is not None else []
+    command += ["--served-model-name", name] if name is not None else []
     command += ["--api-key", api_key] if api_key is not None else []
     try:
         command += shlex.split(flags)

@@ -85,6 +85,8 @@ class EngineMeasurement(Measurement):
                 f"compare is {self.compare!r}, expected 'hf': another server is compared by "
                 "`python -m tools.bench serve --compare URL`, so that both sides are reached over HTTP"
             )
+        if self.min_ratio is not None and self.compare is None:
+            raise ConfigError("min_ratio needs something to compare with: give compare too")
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -190,9 +192,9 @@ class ModelSettings:
 
 def parse_span(name: str, text: str) -> tuple[int, int]:
     """'16:256' as (16, 256), '64' as (64, 64). Raises ConfigError."""
-    low, _, high = text.partition(":")
+    low, colon, high = text.partition(":")
     try:
-        span = int(low), int(high or low)
+        span = int(low), int(high if colon else low)
     except ValueError:
         span = (0, 0)
     if not 1 <= span[0] <= span[1] <= 10**7:
