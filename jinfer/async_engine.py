@@ -272,7 +272,7 @@ class AsyncEngine:
             self._deliver(engine.step())
 
     def _deliver(self, deltas: list[OutputDelta]) -> None:
-        ready: dict[str, list[OutputDelta | BaseException]] = {}
+        ready: dict[str, list[OutputDelta]] = {}
         for delta in deltas:
             ready.setdefault(delta.request_id, []).append(delta)
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, list[Any]]]] = {}

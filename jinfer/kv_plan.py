@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jinfer.config import EngineConfig
 from jinfer.errors import ConfigError
+from jinfer.layers.attention import replicated_kv_heads
 from jinfer.models.decoder import ModelSpec
 from pallas_kernels import paged_attention as pa
 
@@ -37,7 +38,7 @@ CPU_KV_BYTES = 2 * 1024**3  # of the host's memory, unless the flag asks for mor
 
 def page_bytes(spec: ModelSpec, page_size: int, tensor_parallel: int, implementation: str) -> int:
     """Bytes of one page in all layers, on all devices together."""
-    heads = max(spec.config.num_key_value_heads, tensor_parallel)
+    heads = replicated_kv_heads(spec.config.num_key_value_heads, tensor_parallel)
     shape = pa.kv_shape(
         spec.config.num_hidden_layers,
         page_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jinfer.request import FinishReason, OutputDelta, Request, TokenLogprobs
 from jinfer.text import IncrementalDetokenizer, Tokenizer
@@ -15,7 +16,7 @@ class OutputStream:
     request: Request
     detokenizer: IncrementalDetokenizer
     # Filled chunk by chunk while the prompt is computed, and told with the first delta.
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: Any = None  # list[TokenLogprobs | None], if asked for
     told_prompt: bool = False
     min_length: int = 0  # stop strings count only from this many tokens on
     error: str | None = None  # what went wrong, with FinishReason.ERROR

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,6 +18,10 @@ logger = logging.getLogger(__name__)
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
 
+def _setting(name: str) -> Any:
+    return getattr(jax.config, name)  # which settings there are is known only at run time
+
+
 def prepare_platform(config: EngineConfig) -> None:
     """Asks for enough virtual CPU devices where the CPU is the backend, and turns the compile cache on.
 
@@ -25,7 +30,7 @@ def prepare_platform(config: EngineConfig) -> None:
     _skip_absent_tpu()
     if config.tensor_parallel_size > 1:
         _ask_for_cpu_devices(config.tensor_parallel_size)
-    if jax.config.jax_compilation_cache_dir is None and config.compilation_cache_dir != "off":
+    if _setting("jax_compilation_cache_dir") is None and config.compilation_cache_dir != "off":
         folder = config.compilation_cache_dir or str(default_cache_folder())
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -40,7 +45,7 @@ def prepare_platform(config: EngineConfig) -> None:
 
 def _skip_absent_tpu() -> None:
     """Where libtpu is installed and no TPU is there, jax would look for one at length and warn loudly."""
-    if jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS"):  # type: ignore[attr-defined]
+    if _setting("jax_platforms"):
         return
     if importlib.util.find_spec("libtpu") is None or _has_tpu() or Path("/dev/nvidiactl").exists():
         return
@@ -68,7 +73,7 @@ def default_cache_folder() -> Path:
 
 def _ask_for_cpu_devices(count: int) -> None:
     try:
-        if jax.config.jax_num_cpu_devices < count and "host_platform_device_count" not in os.environ.get(
+        if _setting("jax_num_cpu_devices") < count and "host_platform_device_count" not in os.environ.get(
             "XLA_FLAGS", ""
         ):
             jax.config.update("jax_num_cpu_devices", count)

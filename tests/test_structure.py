@@ -13,6 +13,7 @@ FLOORS = [
     {"request"},
     {"schedule", "outputs", "kv_plan"},
     {"packing", "slots", "step"},
+    {"programs"},
     {"runner"},
     {"engine", "async_engine"},
     {"llm"},

@@ -20,7 +20,7 @@ class Attend(Protocol):
     def __call__(self, q: Array, k: Array, v: Array, cache: Any, layer: jax.Array) -> tuple[Array, Any]: ...
 
 
-def replicated_kv_heads(num_heads: int, num_kv_heads: int, tensor_parallel: int) -> int:
+def replicated_kv_heads(num_kv_heads: int, tensor_parallel: int) -> int:
     """KV heads on the mesh: as many as there are, or one per device where there are fewer."""
     return max(num_kv_heads, tensor_parallel)
 
@@ -40,7 +40,7 @@ class Attention(nnx.Module):
         qkv_bias: bool,
         out_bias: bool,
     ) -> None:
-        self.num_kv_heads = replicated_kv_heads(num_heads, num_kv_heads, build.tensor_parallel)
+        self.num_kv_heads = replicated_kv_heads(num_kv_heads, build.tensor_parallel)
         self.group = num_heads // self.num_kv_heads
         self.num_heads, self.head_dim = num_heads, head_dim
         self.qkv = Linear(
