@@ -115,7 +115,9 @@ def table(results: list[Compiled]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.compile_check", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="llama-3-8b", help="folder with a config.json, or a name in configs/models")
+    parser.add_argument(
+        "--model", default="llama-3-8b", help="folder with a config.json, or a name in configs/models"
+    )
     parser.add_argument("--topology", default="v6e:2x2", help="chips, for instance v5e:2x4 or tpu7x:2x2x1")
     parser.add_argument("--tensor-parallel-size", type=int, default=4)
     parser.add_argument("--rows", type=int, default=64, help="running sequences")
@@ -139,7 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         print(f"does not compile for {options.topology}: {error}", file=sys.stderr)
         return 1
-    print(f"{folder.name} on {options.topology}, {options.tensor_parallel_size} devices, {options.rows} rows of")
+    print(
+        f"{folder.name} on {options.topology}, {options.tensor_parallel_size} devices, {options.rows} rows of"
+    )
     print(f"{options.context} tokens, attention {options.attention_backend!r}; bytes per device\n")
     print(table(results))
     if not all(r.kv_is_aliased for r in results):
