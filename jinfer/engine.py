@@ -46,7 +46,8 @@ class EngineStats:
     recompiles: int
     num_requests_finished: dict[str, int]
     steps: int
-    host_seconds: float  # host work: schedule, pack, dispatch, commit, detokenize; not waiting for the device
+    host_seconds: float  # wall time of schedule, pack, dispatch, commit, detokenize; not waiting for the device
+    host_cpu_seconds: float  # CPU time of the same: on a CPU backend the device's threads take the wall time's cores
     wait_seconds: float  # waiting for the device's tokens
     kv_waste: float  # share of the allocated KV room that held no token, over all steps
 
@@ -57,6 +58,7 @@ class _Counters:
     generation_tokens: int = 0
     steps: int = 0
     host_seconds: float = 0.0
+    host_cpu_seconds: float = 0.0
     wait_seconds: float = 0.0
     finished: dict[str, int] = field(default_factory=lambda: {r.value: 0 for r in FinishReason})
 
@@ -128,6 +130,7 @@ class Engine:
             num_requests_finished=dict(c.finished),
             steps=c.steps,
             host_seconds=c.host_seconds,
+            host_cpu_seconds=c.host_cpu_seconds,
             wait_seconds=c.wait_seconds,
             kv_waste=1 - s.used_tokens / allocated if allocated else 0.0,
         )
@@ -272,7 +275,7 @@ class Engine:
             raise
 
     def _step(self) -> list[OutputDelta]:
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.thread_time()
         waited = 0.0
         batch = self.scheduler.schedule()
         dispatched = self.runner.dispatch(batch) if batch is not None else None
@@ -288,6 +291,7 @@ class Engine:
         counters.steps += batch is not None
         counters.wait_seconds += waited
         counters.host_seconds += time.perf_counter() - begin - waited
+        counters.host_cpu_seconds += time.thread_time() - begin_cpu
         return deltas
 
     def _commit(self, handle: StepHandle, tokens: list[int], deltas: list[OutputDelta]) -> None:
