@@ -58,23 +58,6 @@ def create_app(
     return Gate(app, state), state
 
 
-def _documented(body: type[Body]) -> dict[str, Any]:
-    """The request schema for /openapi.json. The endpoint reads the body itself: FastAPI would parse it on the event
-    loop and answer errors in a form of its own."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _Schema(body)}}}}
-
-
-class _Schema(dict[str, Any]):
-    """A pydantic model's JSON schema, made when /openapi.json is asked for and not at every start."""
-
-    def __init__(self, body: type[Body]) -> None:
-        super().__init__()
-        self._body = body
-
-    def items(self) -> Any:
-        return self._body.model_json_schema().items()
-
-
 def _add_generation_routes(app: FastAPI, state: State) -> None:
     async def read(request: Request, kind: type[M]) -> tuple[M, float]:
         state.check_accepting()
@@ -95,16 +78,27 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
         body, _ = await read(request, DetokenizeBody)
         return JSONResponse(await detokenize(state, body))
 
-    routes = (
+    routes: tuple[tuple[str, Any, type[Body]], ...] = (
         ("/v1/chat/completions", chat_completions, ChatBody),
         ("/v1/completions", completions, CompletionBody),
         ("/tokenize", tokenize_text, TokenizeBody),
         ("/detokenize", detokenize_ids, DetokenizeBody),
     )
-    for path, endpoint, body in routes:
-        app.add_api_route(
-            path, endpoint, methods=["POST"], response_model=None, openapi_extra=_documented(body)
-        )
+    for path, endpoint, _ in routes:
+        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+
+    # The endpoints read their bodies themselves (FastAPI would parse them on the event loop and answer errors in a
+    # form of its own), so it does not know them. The schemas are made when somebody asks, not at every start.
+    make_schema = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = make_schema()
+        for path, _, body in routes:
+            content = {"application/json": {"schema": body.model_json_schema()}}
+            schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_model_routes(app: FastAPI, state: State) -> None:
@@ -123,7 +117,7 @@ def _add_model_routes(app: FastAPI, state: State) -> None:
         return JSONResponse({"object": "list", "data": [card()]})
 
     async def model(name: str) -> Response:
-        state.check_model(name)
+        state.check_model(name or "/")
         return JSONResponse(card())
 
     app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,25 +73,24 @@ class Generation:
 
     async def _pump(self, index: int, prompt: Sequence[int], request_id: str) -> None:
         job = self._job
-        stream: Any = self._state.engine.generate(
-            prompt, job.params, request_id=request_id, priority=job.priority, cache_salt=job.cache_salt
-        )
         try:
-            async for delta in stream:
-                self._clock.observe(index, delta)
-                if delta.finish_reason is FinishReason.ERROR:
-                    raise APIError(
-                        500, f"the request failed: {delta.error or 'unknown error'}", code="request_failed"
-                    )
-                self._ready.append((index, delta))
-                self._wake.set()
+            stream: Any = self._state.engine.generate(
+                prompt, job.params, request_id=request_id, priority=job.priority, cache_salt=job.cache_salt
+            )
+            async with contextlib.aclosing(stream):
+                async for delta in stream:
+                    self._clock.observe(index, delta)
+                    if delta.finish_reason is FinishReason.ERROR:
+                        reason = delta.error or "unknown error"
+                        raise APIError(500, f"the request failed: {reason}", code="request_failed")
+                    self._ready.append((index, delta))
+                    self._wake.set()
         except Exception as error:
             # The first fault speaks for the request.
             self._error = self._error or error
         finally:
             self._open -= 1
             self._wake.set()
-            await stream.aclose()
 
 
 @dataclass

@@ -92,6 +92,7 @@ class CompletionLogprobs:
         """
         block: dict[str, list[Any]] = {name: [] for name in BLOCK_FIELDS}
         for token_id, item in zip(token_ids, logprobs, strict=True):
+            self._settle(token_id)
             block["tokens"].append(self._name(token_id))
             block["text_offset"].append(self._offset)
             block["token_logprobs"].append(None if item is None else _finite(item.logprob))
@@ -103,6 +104,12 @@ class CompletionLogprobs:
         """The next token begins at `offset`."""
         self._offset = offset
         self._decoder.reset()
+
+    def _settle(self, token_id: int) -> None:
+        """Counts a character that was begun and will not be completed: it is U+FFFD in the text by now."""
+        pending, _ = self._decoder.getstate()
+        if pending and not 0x80 <= (self._texts.bytes_of(token_id) or b"\0")[0] < 0xC0:
+            self._offset += len(self._decoder.decode(b"", final=True))
 
     def _advance(self, token_id: int, echoed: str | None) -> None:
         shown = not (self._skips_special and self._texts.is_special(token_id))

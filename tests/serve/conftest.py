@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,8 +131,7 @@ class FakeAsyncEngine:
                     finally:
                         for wait in waits:
                             wait.cancel()
-                if self.step_seconds:
-                    await asyncio.sleep(self.step_seconds)
+                await asyncio.sleep(self.step_seconds)
                 for writer in list(writers):
                     delta = writer.step(aborted.is_set())
                     if delta.finish_reason is not None:
@@ -190,6 +189,7 @@ class _Writer:
     ) -> None:
         self.engine, self.request_id, self.index, self.params = engine, request_id, index, params
         self.prompt, self.arrival = list(prompt), arrival
+        self.limit = min(params.max_tokens or 10**9, engine.max_model_len - len(prompt))
         self.ids: list[int] = []
         self.first_token: float | None = None
         self.text = IncrementalDetokenizer(
@@ -218,11 +218,7 @@ class _Writer:
                 text += self.text.push(token)
             if self.text.stopped_by is not None:
                 finish = FinishReason.STOP
-            elif (
-                finish is None
-                and self.params.max_tokens is not None
-                and len(self.ids) >= self.params.max_tokens
-            ):
+            elif finish is None and len(self.ids) >= self.limit:
                 finish = FinishReason.LENGTH
             if finish is not None:
                 break
@@ -376,8 +372,10 @@ def engine() -> FakeAsyncEngine:
 
 
 @pytest.fixture
-def client(engine: FakeAsyncEngine) -> Client:
-    return Client(engine)
+def client(engine: FakeAsyncEngine) -> Iterator[Client]:
+    client = Client(engine)
+    yield client
+    client.state.close()
 
 
 @pytest.fixture

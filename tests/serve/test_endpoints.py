@@ -1,0 +1,181 @@
+"""The endpoints around generation: models, tokenizing, probes, metrics, version, the page."""
+
+import base64
+import hashlib
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jinfer import EngineDeadError, __version__
+
+
+def test_models(client, make_client):
+    (card,) = client.get("/v1/models").json()["data"]
+    assert (card["id"], card["object"], card["max_model_len"]) == ("fake", "model", 1000)
+    assert client.get("/v1/models/fake").json() == card
+    named = make_client(served_model_name="org/name-1")
+    assert named.get("/v1/models").json()["data"][0]["id"] == "org/name-1"
+    assert named.get("/v1/models/org/name-1").json()["root"] == "fake"
+    assert named.chat(model="org/name-1").json()["model"] == "org/name-1"
+    named.fault(named.chat(model="fake"), 404)
+
+
+def test_tokenize_a_prompt(client, engine):
+    answer = client.post("/tokenize", {"prompt": "hé", "model": "fake"}).json()
+    ids = engine.tokenizer.encode("hé")
+    assert answer == {"count": len(ids), "max_model_len": 1000, "tokens": ids, "token_strs": None}
+    plain = client.post(
+        "/tokenize", {"prompt": "hé", "add_special_tokens": False, "return_token_strs": True}
+    ).json()
+    assert plain["tokens"] == ids[1:]
+    assert plain["token_strs"] == ["h", "bytes:\\xc3", "bytes:\\xa9"]
+    assert client.post("/tokenize", {"prompt": "", "add_special_tokens": False}).json()["tokens"] == []
+
+
+def test_tokenize_a_chat(client, engine):
+    talk = {"messages": [{"role": "user", "content": "hi"}]}
+    tokens = client.post("/tokenize", talk).json()["tokens"]
+    client.chat("hi")
+    assert tokens == engine.seen[0].ids
+    shorter = client.post("/tokenize", talk | {"add_generation_prompt": False}).json()["tokens"]
+    assert shorter == tokens[: len(shorter)]
+    assert len(shorter) < len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": []}, "prompt"),
+        ({"prompt": [1]}, "prompt"),
+        ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"messages": []}, "messages"),
+        ({"prompt": "a", "temperature": 1}, "temperature"),
+    ],
+)
+def test_tokenize_refuses(client, body, param):
+    assert client.fault(client.post("/tokenize", body), 400)["param"] == param
+
+
+def test_detokenize(client, engine):
+    ids = engine.tokenizer.encode("Grüße 🙂")
+    assert client.post("/detokenize", {"tokens": ids}).json() == {"prompt": "<s>Grüße 🙂"}
+    assert client.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+    for tokens in (None, "x", [1, "a"], [10**9], [-1]):
+        assert client.fault(client.post("/detokenize", {"tokens": tokens}), 400)["param"] == "tokens"
+
+
+def test_probes_while_the_model_loads(client, engine):
+    engine.is_ready = False
+    for path in ("/health", "/ready"):
+        response = client.get(path)
+        assert client.fault(response, 503)["code"] == "not_ready"
+    response = client.chat()
+    assert client.fault(response, 503)["code"] == "not_ready"
+    assert int(response.headers["retry-after"]) >= 1
+    assert client.get("/v1/models").json()["data"][0]["max_model_len"] is None
+    engine.is_ready = True
+    for path in ("/health", "/ready"):
+        assert client.get(path).json() == {"status": "ok", "model": "fake"}
+        assert client.call("HEAD", path).status_code == 200
+
+
+def test_probes_when_the_engine_has_failed(client, engine):
+    engine.error, engine.is_healthy, engine.is_ready = "the engine failed: boom", False, False
+    for response in (client.get("/health"), client.get("/ready"), client.chat()):
+        error = client.fault(response, 503)
+        assert error["code"] == "engine_dead"
+        assert "boom" in error["message"]
+
+
+def test_version_and_schema(client):
+    assert client.get("/version").json() == {"version": __version__}
+    schema = client.get("/openapi.json").json()
+    content = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
+    assert "prompt" in content["application/json"]["schema"]["properties"]
+
+
+def metric_values(text):
+    return {
+        (s.name, tuple(sorted((k, v) for k, v in s.labels.items() if k != "model_name"))): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+def test_metrics(client, engine):
+    client.chat("hi", n=2, max_tokens=5).raise_for_status()
+    client.complete(["a", "b"], max_tokens=3, stream=True).raise_for_status()
+    client.complete("a", max_tokens=100).raise_for_status()
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    values = metric_values(response.text)
+    for name, value in {
+        "num_requests_running": 0,
+        "num_requests_waiting": 3,
+        "kv_cache_usage_perc": 0.25,
+        "prefix_cache_queries_total": 100,
+        "prefix_cache_hits_total": 40,
+        "prompt_tokens_total": 1234,
+        "generation_tokens_total": 567,
+        "num_preemptions_total": 2,
+        "recompiles_total": 0,
+    }.items():
+        assert values["jinfer:" + name, ()] == value, name
+    done = {
+        r: values["jinfer:request_success_total", (("finished_reason", r),)]
+        for r in ("stop", "length", "abort")
+    }
+    assert done == {"stop": 1, "length": 4, "abort": 0}
+    # Prompts have a first token each; choices have gaps between tokens, times and an end each.
+    assert values["jinfer:time_to_first_token_seconds_count", ()] == 4
+    assert values["jinfer:inter_token_latency_seconds_count", ()] == 2 * 4 + 2 * 2 + len(engine.reply)
+    assert values["jinfer:e2e_request_latency_seconds_count", ()] == 5
+    assert values["jinfer:request_queue_time_seconds_count", ()] == 5
+    assert 'model_name="fake"' in response.text
+
+
+def test_times_are_those_of_the_request(client, engine):
+    engine.step_seconds = 0.02
+    client.complete("a", max_tokens=6)
+    values = metric_values(client.get("/metrics").text)
+    assert values["jinfer:time_to_first_token_seconds_sum", ()] >= 0.02
+    assert values["jinfer:inter_token_latency_seconds_sum", ()] >= 5 * 0.02
+    whole = values["jinfer:e2e_request_latency_seconds_sum", ()]
+    assert whole >= 6 * 0.02
+    assert values["jinfer:inter_token_latency_seconds_sum", ()] < whole
+
+
+def test_metrics_while_the_model_loads(client, engine):
+    def loading():
+        raise EngineDeadError("still loading")
+
+    engine.stats = loading
+    assert metric_values(client.get("/metrics").text)["jinfer:prompt_tokens_total", ()] == 0
+
+
+def test_the_page_runs_only_its_own_script(client):
+    response = client.get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    policy = dict(
+        part.strip().split(" ", 1) for part in response.headers["content-security-policy"].split(";")
+    )
+    assert policy["default-src"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
+        (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", response.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        assert policy[directive] == f"'sha256-{digest}'"
+
+
+def test_the_page_is_one_file_and_writes_text_only(client):
+    page = client.get("/").text
+    assert not re.search(r"https?://|src=|@import|url\(", page)
+    # What the model says must not become markup, and the policy would stop inline styles and handlers.
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|style=|\son\w+=\"", page)
+
+
+def test_every_response_is_taken_at_its_word(client):
+    for path in ("/", "/health", "/v1/models", "/nothing"):
+        assert client.get(path).headers["x-content-type-options"] == "nosniff"
