@@ -81,7 +81,17 @@ def test_rows_of_the_step_that_fills_a_page_do_not_find_it(make_scheduler, make_
     assert not set(first.new_pages) & set(second.new_pages)
 
 
-@pytest.mark.parametrize("changes", [{"cache_salt": "b"}, {"cacheable": False}])
+def test_a_newcomer_does_not_find_the_page_that_a_running_prompt_fills_in_the_same_step(
+    make_scheduler, make_request, step
+):
+    s = make_scheduler()
+    s.add(make_request(range(21)))
+    step(s)
+    s.add(make_request(range(21)))
+    assert [(row.start, row.count) for row in step(s).rows] == [(16, 5), (16, 5)]
+
+
+@pytest.mark.parametrize("changes", [{"cache_salt": "b"}, {"cache_salt": "a", "cacheable": False}])
 def test_other_salts_and_uncacheable_requests_find_nothing(make_scheduler, make_request, finish_all, changes):
     s = make_scheduler()
     run_one(s, make_request(PROMPT, cache_salt="a"), finish_all)
@@ -127,8 +137,9 @@ def test_after_a_reset_nothing_old_is_found_and_what_runs_offers_nothing(
     s.reset_prefix_cache()
     assert run_one(s, make_request(range(50, 60), max_tokens=20), finish_all) == 0
     assert running.finished
-    assert run_one(s, make_request([*PROMPT, *running.output_token_ids]), finish_all) == 0
-    assert run_one(s, make_request(PROMPT), finish_all) == 12, "what came after the reset is cached again"
+    # Its later pages stand behind the old beginning. They must not be found behind the new one either.
+    assert run_one(s, make_request(PROMPT, max_tokens=1), finish_all) == 0
+    assert run_one(s, make_request([*PROMPT, *running.output_token_ids]), finish_all) == 12
 
 
 def test_each_page_is_hashed_once(make_scheduler, make_request, finish_all, monkeypatch):

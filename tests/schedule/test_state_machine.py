@@ -38,10 +38,11 @@ class Naive:
         self.root = root  # of the hash chain: requests that must not share pages differ in it
         self.tokens = list(request.prompt_token_ids)  # those in flight included
         self.kv = []  # of its present life, as far as dispatched
+        self.prompt_is_computed = False  # by some step, in whatever life
         self.decodes = False  # its newest token was sampled in its present life, so it is in its slot
         self.version = 0  # of the weights its last step ran with
         self.saw_update = False  # ran while the weights changed: its output is a mixture
-        self.aborted = False
+        self.was_cut = False  # ended from outside
 
     def chain(self, start, stop, version):
         kv = self.kv[start - 1] if start else self.root
@@ -106,6 +107,7 @@ class Device:
                 assert chunk == naive.tokens[row.start : end]
                 assert len(chunk) == row.count
             naive.version = self.version
+            naive.prompt_is_computed |= end >= row.request.num_prompt_tokens
             values = naive.chain(row.start, end, self.version)
             naive.kv = naive.kv[: row.start] + values
             for position, value in enumerate(values, row.start):
@@ -126,15 +128,15 @@ class Device:
 
 prompts = st.builds(
     lambda stem, length, tail: ([1, 2, 3, 4, 5, 6, 7, 8] * 3)[stem : stem + length] + tail,
-    st.integers(0, 1),
-    st.integers(0, 14),
+    st.sampled_from([0, 0, 0, 1]),  # few beginnings, so that requests find each other's pages
+    st.sampled_from([0, 3, 6, 9, 12, 14]),
     st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=3),
 )
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        num_pages=st.integers(3, 18),
+        pool_tokens=st.integers(8, 60),
         page_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(0, 9),
@@ -142,10 +144,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, False]),
         depth=st.sampled_from([1, 2, 2, 3]),
     )
-    def start(self, num_pages, page_size, max_num_seqs, budget, policy, caching, depth):
+    def start(self, pool_tokens, page_size, max_num_seqs, budget, policy, caching, depth):
         self.caching, self.policy, self.depth = caching, policy, depth
         self.budget = max_num_seqs + budget
         self.model_len = 30
+        num_pages = 1 + -(-pool_tokens // page_size)
         self.scheduler = Scheduler(
             num_pages=num_pages,
             page_size=page_size,
@@ -243,24 +246,23 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.commit()
 
     @precondition(lambda self: self.unfinished())
-    @rule(data=st.data())
-    def abort(self, data):
+    @rule(data=st.data(), kind=st.sampled_from(["abort", "finish", "update_weights"]))
+    def interfere(self, data, kind):
+        if kind == "update_weights":
+            return self.update_weights()
         request = data.draw(st.sampled_from(self.unfinished()))
-        same = [r for r in self.unfinished() if r.request_id == request.request_id]
-        assert self.scheduler.abort(request.request_id) == same
-        for r in same:
-            assert r.finish_reason is FinishReason.ABORT
-            self.naives[r].aborted = True
+        if kind == "finish":
+            self.scheduler.finish(request, FinishReason.STOP, "stop")
+            assert (request.finish_reason, request.stop_reason) == (FinishReason.STOP, "stop")
+            ended = [request]
+        else:
+            ended = [r for r in self.unfinished() if r.request_id == request.request_id]
+            assert self.scheduler.abort(request.request_id) == ended
+            assert all(r.finish_reason is FinishReason.ABORT for r in ended)
+        for r in ended:
+            self.naives[r].was_cut = True
+        return None
 
-    @precondition(lambda self: self.unfinished())
-    @rule(data=st.data())
-    def finish(self, data):
-        request = data.draw(st.sampled_from(self.unfinished()))
-        self.scheduler.finish(request, FinishReason.STOP, "stop")
-        assert (request.finish_reason, request.stop_reason) == (FinishReason.STOP, "stop")
-        self.naives[request].aborted = True
-
-    @rule()
     def update_weights(self):
         self.device.version += 1
         self.scheduler.reset_prefix_cache()
@@ -321,8 +323,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(self.order(request) < self.order(r) for r in waiting), "the queue was jumped"
             row = next(row for row in batch.rows if row.request is request)
             assert row.start % self.scheduler.page_size == 0
-            if not request.cacheable or (not self.caching and request.leader is None):
-                assert row.start == 0
+            leader = request.leader
+            alone = not self.caching or request.params.prompt_logprobs is not None
+            if not request.cacheable or (leader is None and alone):
+                assert row.start == 0, "pages found by a request that must not look"
+            shares = request.cacheable and request.num_prompt_tokens > self.scheduler.page_size
+            if leader is not None and shares and not leader.finished:
+                assert self.naives[leader].prompt_is_computed, "a fork ran before its leader's prompt"
 
     def limit(self, request):
         limit = min(self.model_len, self.room)
@@ -365,14 +372,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             if naive.saw_update:
                 continue
             output, reason = naive.expected_output(naive.version, self.limit(request))
-            if naive.aborted:
+            if naive.was_cut:
                 assert output[: len(request.output_token_ids)] == request.output_token_ids
             else:
                 assert (request.output_token_ids, request.finish_reason) == (output, reason)
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=300,
+    max_examples=500,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
