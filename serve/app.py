@@ -152,9 +152,8 @@ def _add_operation_routes(app: FastAPI, state: State) -> None:
         return Response(page, media_type="text/html", headers=headers)
 
     for path, endpoint in (("/health", health), ("/ready", ready), ("/", web_page)):
-        app.add_api_route(
-            path, endpoint, methods=["GET", "HEAD"], response_model=None, include_in_schema=path != "/"
-        )
+        app.add_api_route(path, endpoint, response_model=None, include_in_schema=path != "/")
+        app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
     app.add_api_route("/version", version, methods=["GET"], response_model=None)
 
