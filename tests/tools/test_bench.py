@@ -227,7 +227,9 @@ def test_the_best_peer_is_the_one_that_counts():
 
 def test_doubtful_figures_are_called_so():
     assert "busy at the start" in " ".join(make_report(load=3.0).warnings)
-    assert "other processes used 40%" in " ".join(make_report(others=0.4).warnings)
+    disturbed = make_report(others=0.4)
+    assert "other processes used 40%" in " ".join(disturbed.warnings)
+    assert "the best of 2, on a machine busy with other work" in disturbed.text()
     report = make_report()
     report.runs["peer"][0].records[0].error = "status 500"
     report = Report(report.title, report.machine, report.settings, report.runs)
@@ -334,14 +336,21 @@ def test_offline_against_transformers(small_model, tmp_path, capsys):
     for peer in found["identical_greedy_tokens"].values():
         assert peer["tokens"] > 0.9
     assert found["goals"][0]["is_met"]
-    pixels = read_png(picture)
-    assert pixels.std() > 10  # not an empty sheet
+    shares = colour_shares(picture)
+    # Bars fill an area, and each system's is there; lines alone would be far less.
+    assert min(shares) > 0.004
 
 
-def read_png(path):
+def colour_shares(path):
+    """The share of the left quarter, where the bars are, that has each of the first three systems' colours."""
+    from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
-    return imread(path)[..., :3] * 255
+    from tools.bench.plot import COLOURS
+
+    pixels = imread(path)[..., :3]
+    pixels = pixels[:, : pixels.shape[1] // 4]
+    return [float(np.isclose(pixels, to_rgb(c), atol=0.01).all(-1).mean()) for c in COLOURS[:3]]
 
 
 def test_single_stream_runs_one_request_at_a_time(small_model, capsys):

@@ -153,9 +153,10 @@ def _settings(*configs: Any) -> dict[str, Any]:
 
 
 def _describe(workload: Workload) -> str:
+    noun = "request" if workload.num_requests == 1 else "requests"
     shared = f" after {workload.shared_prefix_len} shared ones" if workload.shared_prefix_len else ""
     return (
-        f"{workload.num_requests} greedy requests, prompts of {workload.prompt_len.replace(':', ' to ')} "
+        f"{workload.num_requests} greedy {noun}, prompts of {workload.prompt_len.replace(':', ' to ')} "
         f"tokens{shared}, outputs of {workload.output_len.replace(':', ' to ')}, seed {workload.workload_seed}"
     )
 

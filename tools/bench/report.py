@@ -146,6 +146,12 @@ class Report:
         self.goals.append(Goal(name, wanted, found, is_met))
 
     @property
+    def is_disturbed(self) -> bool:
+        """True if other processes took enough of the machine to make figures and ratios worthless."""
+        shares = (figures.get("others_cpu_share", 0.0) for figures in self.medians.values())
+        return self.machine.is_busy or max(shares) > BUSY_SHARE
+
+    @property
     def warnings(self) -> list[str]:
         """What makes the figures doubtful."""
         found = []
@@ -158,7 +164,8 @@ class Report:
             if figures.get("others_cpu_share", 0.0) > BUSY_SHARE:
                 share = figures["others_cpu_share"]
                 found.append(
-                    f"other processes used {share:.0%} of the cores while {name} ran: its figures are low"
+                    f"other processes used {share:.0%} of the cores while {name} ran: neither its figures nor "
+                    "ratios with it can be trusted"
                 )
             errors = sum(f["errors"] for f in self.figures[name])
             if errors:
@@ -223,8 +230,10 @@ class Report:
         found = self.better_by(best, THROUGHPUT) if best else None
         if found is None:
             return aligned(rows)
+        doubt = ", on a machine busy with other work" if self.is_disturbed else ""
         among = f", the best of {len(self.peers)}" if len(self.peers) > 1 else ""
-        return f"{aligned(rows)}\n\n{self.main} gives {found.median:.2f} times the output tokens/s of {best}{among}"
+        headline = f"{self.main} gives {found.median:.2f} times the output tokens/s of {best}{among}{doubt}"
+        return f"{aligned(rows)}\n\n{headline}"
 
     def _endnotes(self) -> str:
         lines = [
