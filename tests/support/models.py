@@ -13,6 +13,9 @@ import tokenizers
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+# Models this small are computed faster by one thread than by several that wait for each other.
+torch.set_num_threads(1)
+
 END = "<|end|>"
 
 
@@ -62,7 +65,9 @@ def make_llama(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=random)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else scale * noise)
-    model.to(stored).save_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored)
+    model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 
