@@ -1,10 +1,8 @@
 """tools.bench: requests, arithmetic, systems and the report. Speeds themselves are not tested."""
 
 import json
-import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +13,9 @@ from tools.bench import machine, models
 from tools.bench import settings as s
 from tools.bench.__main__ import main
 from tools.bench.alternate import alternate
-from tools.bench.client import HTTPSystem, Server, base_url, find_server
 from tools.bench.figures import RequestRecord, RunResult, agreement, medians, ratio, summarize
 from tools.bench.report import Report
 from tools.bench.workload import BenchRequest, Vocabulary, make_requests, shortened
-
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "jax-tests"
-SMALL = models.RandomLlama(32, 64, 2, 4, 2, 400, max_position_embeddings=128)
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench") / "small"
-    models.write_model(SMALL, folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def no_rest(monkeypatch):
-    monkeypatch.setattr("tools.bench.alternate.REST_SECONDS", 0.0)
-
 
 # Settings
 
@@ -72,7 +53,7 @@ def test_every_preset_fits_its_command():
     from jinfer.cli import parse_args
     from tools.bench.__main__ import PARTS
 
-    folder = Path(__file__).resolve().parents[2] / "configs" / "bench"
+    folder = Path(__file__).resolve().parents[3] / "configs" / "bench"
     presets = sorted(folder.glob("*.yaml"))
     assert presets
     for preset in presets:
@@ -266,35 +247,37 @@ def test_random_models_have_the_sizes_they_are_named_for():
     assert models.SIZES["100m"].num_parameters == pytest.approx(100.7e6, rel=0.001)
 
 
-def test_a_random_model_is_whole(small_model):
+def test_a_random_model_is_whole(small_model, small_shape):
     from safetensors.numpy import load_file
     from transformers import AutoTokenizer
 
     from jinfer.text import Tokenizer
 
     tensors = load_file(small_model / "model.safetensors")
-    assert sum(t.size for t in tensors.values()) == SMALL.num_parameters
+    assert sum(t.size for t in tensors.values()) == small_shape.num_parameters
     assert tensors["model.layers.0.mlp.up_proj.weight"].std() == pytest.approx(32**-0.5, rel=0.1)
     ours, theirs = Tokenizer.from_folder(small_model), AutoTokenizer.from_pretrained(small_model)
-    assert ours.vocab_size == len(theirs) == SMALL.vocab_size
+    assert ours.vocab_size == len(theirs) == small_shape.vocab_size
     text = "Grüße, 東京! the quick brown fox\n"
     assert ours.encode(text) == theirs(text)["input_ids"]
     assert ours.decode(ours.encode(text)) == text
     # Every token beyond the bytes is text by itself: a server streams something at each.
-    assert all(ours.decode([i]).isascii() and ours.decode([i]) for i in range(3 + 256, SMALL.vocab_size))
+    assert all(
+        ours.decode([i]).isascii() and ours.decode([i]) for i in range(3 + 256, small_shape.vocab_size)
+    )
 
 
-def test_a_full_folder_and_an_impossible_vocabulary_are_refused(small_model, tmp_path):
+def test_a_full_folder_and_an_impossible_vocabulary_are_refused(small_model, tmp_path, small_shape):
     with pytest.raises(ConfigError, match="not empty"):
-        models.write_model(SMALL, small_model)
+        models.write_model(small_shape, small_model)
     with pytest.raises(ConfigError, match="vocab_size"):
-        models.write_model(replace(SMALL, vocab_size=200), tmp_path / "new")
+        models.write_model(replace(small_shape, vocab_size=200), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_random_model_is_made_once(tmp_path, monkeypatch):
+def test_a_random_model_is_made_once(tmp_path, monkeypatch, small_shape):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(models.SIZES, "small", SMALL)
+    monkeypatch.setitem(models.SIZES, "small", small_shape)
     folder = models.resolve_random("random:small")
     before = (Path(folder) / "model.safetensors").stat().st_mtime_ns
     assert models.resolve_random("random:small") == folder
@@ -307,16 +290,11 @@ def test_a_random_model_is_made_once(tmp_path, monkeypatch):
 # In this process
 
 
-# Few and small steps: each is a program to compile.
-ENGINE = ["--max-model-len", "64", "--max-num-seqs", "2", "--max-num-batched-tokens", "16"]
-WORK = ["--num-requests", "6", "--prompt-len", "3:20", "--output-len", "2:12", "--repeats", "2"]
-
-
-def test_offline_against_transformers(small_model, tmp_path, capsys):
+def test_offline_against_transformers(small_model, tmp_path, capsys, small_engine, small_work):
     out, picture = tmp_path / "out" / "r.json", tmp_path / "r.png"
     files = ["--json", str(out), "--plot", str(picture)]
     compare = ["--compare", "hf", "--hf-batch-sizes", "2,4", "--hf-threads", "1", "--min-ratio", "0"]
-    status = main(["offline", "--model", str(small_model), *ENGINE, *WORK, *compare, *files])
+    status = main(["offline", "--model", str(small_model), *small_engine, *small_work, *compare, *files])
     text = capsys.readouterr().out
     assert status == 0
     assert "identical greedy tokens" in text
@@ -374,8 +352,10 @@ def test_single_stream_runs_one_request_at_a_time(small_model, capsys):
         EngineSystem(config, longest=100, concurrency=None)
 
 
-def test_a_missed_goal_and_a_wrong_setting_show_in_the_exit_status(small_model, capsys):
-    arguments = ["stream", "--model", str(small_model), *ENGINE, *WORK]
+def test_a_missed_goal_and_a_wrong_setting_show_in_the_exit_status(
+    small_model, capsys, small_engine, small_work
+):
+    arguments = ["stream", "--model", str(small_model), *small_engine, *small_work]
     assert main([*arguments, "--min-tokens-per-second", "1e9"]) == 1
     assert "goal MISSED" in capsys.readouterr().out
     assert main(["sprint"]) == 2
@@ -392,203 +372,3 @@ def test_a_missed_goal_and_a_wrong_setting_show_in_the_exit_status(small_model, 
         assert words in capsys.readouterr().err
     assert main(["serve", "--min-ratio", "2"]) == 1
     assert "give compare too" in capsys.readouterr().err
-
-
-# Over HTTP
-
-
-class FakeServer(ThreadingHTTPServer):
-    """Streams a word for each token asked for; what a prompt's first id says may go wrong."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), FakeHandler)
-        self.bodies = []
-        self.running = self.most_running = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-FAIL, SHORT, BREAK = 901, 902, 903
-
-
-class FakeHandler(BaseHTTPRequestHandler):
-    server: FakeServer
-
-    def log_message(self, format, *args):
-        pass
-
-    def do_GET(self):
-        known = self.path == "/v1/models"
-        self.answer(200 if known else 404, {"data": [{"id": "fake"}]} if known else {})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.bodies.append((self.path, body))
-            self.server.running += 1
-            self.server.most_running = max(self.server.most_running, self.server.running)
-        try:
-            self.stream(body)
-        finally:
-            with self.server.lock:
-                self.server.running -= 1
-
-    def answer(self, status, value):
-        content = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def stream(self, body):
-        first = body["prompt"][0] if "prompt" in body else None
-        if first == FAIL:
-            self.answer(500, {"error": {"message": "no luck"}})
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        time.sleep(0.03)
-        count = body["max_tokens"] - (first == SHORT)
-        for i in range(count):
-            if first == BREAK and i == 1:
-                self.event({"error": {"message": "gone"}})
-                return
-            word = {"text": "w "} if "prompt" in body else {"delta": {"content": "w "}}
-            self.event({"choices": [{"index": 0, **word, "finish_reason": None}]})
-            time.sleep(0.002)
-        self.event({"choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
-        usage = {
-            "prompt_tokens": 5,
-            "completion_tokens": count,
-            "prompt_tokens_details": {"cached_tokens": 2},
-        }
-        self.event({"choices": [], "usage": usage})
-        self.wfile.write(b"data: [DONE]\r\n\r\n")
-
-    def event(self, value):
-        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
-        self.wfile.flush()
-
-
-@pytest.fixture
-def fake():
-    server = FakeServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def http_system(fake, **options):
-    return HTTPSystem(Server(fake.url, "fake"), s.Load(url=fake.url, **options), "fake")
-
-
-def test_a_stream_is_timed_and_counted(fake):
-    requests = [BenchRequest(i, (i, 7), 6) for i in range(4)]
-    run = http_system(fake, api_key="k").run(requests)
-    for found in run.records:
-        assert found.error is None
-        assert (found.prompt_tokens, found.output_tokens, found.cached_tokens) == (5, 6, 2)
-        assert len(found.token_times) == 6
-        assert found.ttft >= 0.03
-        assert found.end >= found.token_times[-1]
-    path, body = fake.bodies[0]
-    assert path == "/v1/completions"
-    assert (body["temperature"], body["ignore_eos"], body["stream"], body["model"]) == (
-        0.0,
-        True,
-        True,
-        "fake",
-    )
-
-
-def test_failures_are_counted_and_not_timed(fake):
-    requests = [BenchRequest(0, (1,), 3), *(BenchRequest(x, (x,), 3) for x in (FAIL, SHORT, BREAK))]
-    run = http_system(fake).run(requests)
-    errors = {r.index: r.error or "none" for r in run.records}
-    assert errors[0] == "none"
-    assert "status 500" in errors[FAIL]
-    assert "no luck" in errors[FAIL]
-    assert errors[SHORT] == "ended early: 2 of 3 tokens"
-    assert "gone" in errors[BREAK]
-    figures = summarize(run)
-    assert (figures["errors"], figures["output_tokens"]) == (3, 3)
-    with pytest.raises(ConfigError, match="every request failed.*no luck"):
-        http_system(fake).run([BenchRequest(0, (FAIL,), 3)])
-
-
-def test_without_ignore_eos_a_short_answer_is_no_failure(fake):
-    run = http_system(fake, ignore_eos=False).run([BenchRequest(0, (SHORT,), 3)])
-    assert run.records[0].output_tokens == 2
-    assert run.records[0].error is None
-    assert "ignore_eos" not in fake.bodies[0][1]
-
-
-def test_concurrency_bounds_what_is_in_flight(fake):
-    run = http_system(fake, concurrency=3).run([BenchRequest(i, (i,), 3) for i in range(9)])
-    assert len(run.good) == 9
-    assert fake.most_running == 3
-
-
-def test_arrivals_are_kept_and_latency_counts_from_them(fake):
-    run = http_system(fake).run([BenchRequest(i, (i,), 2, arrival=0.1 * i) for i in range(3)])
-    starts = [r.start for r in sorted(run.records, key=lambda r: r.index)]
-    assert np.diff(starts) == pytest.approx([0.1, 0.1])
-    assert fake.most_running >= 1
-    assert run.seconds >= 0.2
-
-
-def test_chat_sends_messages(fake):
-    run = http_system(fake, endpoint="chat").run([BenchRequest(0, "the of and", 2)])
-    assert run.records[0].error is None
-    path, body = fake.bodies[0]
-    assert path == "/v1/chat/completions"
-    assert body["messages"] == [{"role": "user", "content": "the of and"}]
-
-
-def test_what_is_no_server_is_said(fake):
-    assert base_url("http://h:1/v1/") == "http://h:1"
-    assert find_server(fake.url + "/v1", None, None).model == "fake"
-    with pytest.raises(ConfigError, match="serves 'fake', asked for 'other'"):
-        find_server(fake.url, "other", None)
-    with pytest.raises(ConfigError, match="no OpenAI-compatible server"):
-        find_server("http://127.0.0.1:9", None, None)
-
-
-def test_serve_compares_two_servers(fake, tmp_path, capsys):
-    out = tmp_path / "r.json"
-    arguments = ["--num-requests", "4", "--prompt-len", "4", "--output-len", "3", "--repeats", "2"]
-    servers = ["--url", fake.url, "--compare", fake.url, "--endpoint", "chat", "--api-key", "secret"]
-    assert main(["serve", *servers, *arguments, "--slo", "ttft:10000", "--json", str(out)]) == 0
-    assert "goodput" in capsys.readouterr().out
-    text = out.read_text()
-    assert "secret" not in text
-    found = json.loads(text)
-    main_name, peer = found["systems"]
-    assert peer == f"{main_name} again"
-    assert found["systems"][main_name]["median"]["goodput_share"] == 1.0
-    assert found["better_by"][peer]["output_tokens_per_second"]["median"] > 0
-
-
-def test_serve_starts_jinfer_and_stops_it(small_model, capsys, tmp_path):
-    out = tmp_path / "r.json"
-    server = " ".join([*ENGINE, "--compilation-cache-dir", str(CACHE)])
-    arguments = ["serve", "--model", str(small_model), "--server-args", server, "--concurrency", "2"]
-    assert main([*arguments, *WORK, "--json", str(out)]) == 0
-    figures = json.loads(out.read_text())["systems"]["jinfer.serve"]["median"]
-    assert (figures["requests"], figures["errors"], figures["cached_prompt_tokens"]) == (6, 0, 0)
-    assert f"jinfer.serve serves {small_model}" in capsys.readouterr().out
-
-
-def test_a_server_that_cannot_start_says_why(small_model, capsys):
-    arguments = ["serve", "--model", str(small_model), "--server-args", "--max-model-len 1"]
-    assert main(arguments) == 1
-    assert "max_model_len is 1" in capsys.readouterr().err
