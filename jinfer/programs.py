@@ -48,6 +48,10 @@ class StepPrograms:
         self.is_cpu = mesh.devices.flat[0].platform == "cpu"
         # A CPU compiles slowly, and pays less for a padded prompt chunk than for a start that takes longer.
         self._row_buckets = buckets(1, config.max_num_seqs)
+        if self.is_cpu:
+            # Products cost by the row there: steps between powers of two keep padding under a third.
+            middles = {3 * size // 4 for size in self._row_buckets if size >= 16 and size % 4 == 0}
+            self._row_buckets = sorted({*self._row_buckets, *middles})
         self._token_buckets = buckets(
             min(SMALLEST_MIXED, config.max_num_batched_tokens),
             config.max_num_batched_tokens,

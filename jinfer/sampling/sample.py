@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jinfer.sampling.features import BAN, BIAS, HISTORY, LOGPROBS, MIN_P, RANDOM, TOP_K, TOP_P
 from jinfer.sampling.params import MAX_LOGPROBS
 
+ARGMAX_BLOCK = 256
 NEVER = np.float32(-np.inf)  # numpy: a jax array here would start the backend on import
 BELOW_ONE = np.float32(1 - 2**-24)
 LOWEST_TEMPERATURE = 1e-9  # here all but ties with the most likely token have vanished
@@ -112,6 +113,20 @@ def keep_min_p(logits: Array, min_p: Float[Array, "R"]) -> Array:
     return jnp.where((logits >= floor[:, None]) | (min_p <= 0)[:, None], logits, NEVER)
 
 
+def largest(values: Float[Array, "R V"]) -> Int[Array, "R"]:
+    """argmax of each row, the first of equals.
+
+    By blocks: XLA's CPU backend reduces to a maximum with vectors, but to a maximum and its index number by number.
+    Measured with 32 rows of 32,000: 0.3 ms in place of 2.3.
+    """
+    rows, vocab = values.shape
+    padded = jnp.pad(values, ((0, 0), (0, -vocab % ARGMAX_BLOCK)), constant_values=-jnp.inf)
+    blocks = padded.reshape(rows, -1, ARGMAX_BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=2), axis=1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * ARGMAX_BLOCK + jnp.argmax(inside, axis=1)).astype(jnp.int32)
+
+
 def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
     """One token per row from softmax(logits), by the Gumbel maximum.
 
@@ -129,7 +144,7 @@ def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
     # tokens are drawn as often as they should be. At 1 the noise would be -inf, and the only token that the filters
     # left could lose to one of those they dropped.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32), BELOW_ONE)
-    return jnp.argmax(logits - jnp.log(-jnp.log1p(-uniform)), axis=1).astype(jnp.int32)
+    return largest(logits - jnp.log(-jnp.log1p(-uniform)))
 
 
 def logprobs_of(logits: Array, tokens: Int[Array, "R"]) -> Logprobs:
@@ -185,7 +200,7 @@ def choose(logits: Array, rows: RowParams) -> Int[Array, "R"]:
         return lax.cond((any_of & bit) != 0, function, lambda x: x, values)
 
     def random(logits: Array) -> Array:
-        greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        greedy = largest(logits)
         # The largest logit becomes 0, so that no temperature, however low, makes an infinity of it.
         cold = logits - jnp.max(logits, axis=1, keepdims=True)
         warm = cold / jnp.maximum(rows.temperature, LOWEST_TEMPERATURE)[:, None]
@@ -193,7 +208,7 @@ def choose(logits: Array, rows: RowParams) -> Int[Array, "R"]:
         warm = when(MIN_P, lambda x: keep_min_p(x, rows.min_p), warm)
         return jnp.where((rows.features & RANDOM) != 0, draw(warm, rows), greedy)
 
-    return lax.cond((any_of & RANDOM) != 0, random, lambda x: jnp.argmax(x, axis=1).astype(jnp.int32), logits)
+    return lax.cond((any_of & RANDOM) != 0, random, largest, logits)
 
 
 def sample(
