@@ -19,12 +19,15 @@ from serve.protocol import APIError
 from serve.state import State
 
 MAX_HEADER_BLOCK = 32 * 1024  # bytes of request line and headers; middleware has the finer limit
+LINGER_SECONDS = 1.0  # closing at once, with input unread, would reset the connection and lose the answer
 HEADER_SECONDS = 30.0  # a connection that has not sent its first request's headers by then is closed
 FLUSH_SECONDS = 5.0  # after the drain, for the last bytes to reach slow clients
 
 
 class ApiProtocol(H11Protocol):
     """HTTP/1.1 whose own errors are OpenAI error bodies too, and which does not wait for headers for ever."""
+
+    _refused = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -33,6 +36,10 @@ class ApiProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._header_timer.cancel()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
 
     def _close_if_silent(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
@@ -58,7 +65,10 @@ class ApiProtocol(H11Protocol):
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self._refused = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
 class Server(uvicorn.Server):
@@ -131,15 +141,13 @@ async def run_server(app: ASGIApp, state: State, sock: socket.socket, when_ready
     async def watch_start() -> None:
         try:
             await state.engine.wait_ready()
-        except BaseException as error:
+        except Exception as error:
             server.stop(exit_status=1)
-            if isinstance(error, asyncio.CancelledError):
-                raise
             failures.append(error)
         else:
             when_ready()
 
-    failures: list[BaseException] = []
+    failures: list[Exception] = []
     watch = asyncio.ensure_future(watch_start())
     try:
         await server.serve(sockets=[sock])

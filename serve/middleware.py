@@ -18,6 +18,7 @@ from serve.state import State
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 * 1024
+MAX_TARGET_BYTES = 8 * 1024  # path and query
 # Open without a key: probes, the version, the page (which asks for the key), and figures without content.
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/metrics"})
 # A client that sends too much reads the answer only when it has sent all; so much is read and dropped.
@@ -59,6 +60,11 @@ class Gate:
                 f"the request has {len(headers)} headers of {size} bytes, at most {MAX_HEADERS} of "
                 f"{MAX_HEADER_BYTES} bytes are taken",
                 code="headers_too_large",
+            )
+        target = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if target > MAX_TARGET_BYTES:
+            raise APIError(
+                414, f"the URL has {target} bytes, at most {MAX_TARGET_BYTES} are taken", code="url_too_long"
             )
         if self._key_digest is None or scope["path"] in OPEN_PATHS:
             return
