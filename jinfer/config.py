@@ -71,7 +71,9 @@ class EngineConfig:
     )
     max_num_waiting: int = option(1024, "most requests waiting; more are refused", low=1, high=10**6)
     scheduling_policy: str = option("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
-    block_size: int = option(16, "tokens of a KV page", low=8, high=128)
+    block_size: int | None = option(
+        None, "tokens of a KV page; default: 8 on CPU, 32 on accelerators", low=8, high=128
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of an accelerator's memory that weights and KV may fill", low=0.05, high=1.0
     )

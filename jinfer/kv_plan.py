@@ -81,7 +81,10 @@ def plan_kv(spec: ModelSpec, mesh: Mesh, config: EngineConfig) -> KVPlan:
     wanted = config.max_model_len or limit
     if wanted > limit:
         raise ConfigError(f"max_model_len is {wanted}, the model knows positions up to {limit}: lower it")
-    size = config.block_size
+    platform = mesh.devices.flat[0].platform
+    # Half of a sequence's last page is empty on average: at 190 tokens small pages keep that to 2 percent. On CPU
+    # they cost nothing measurable; on an accelerator a page should be worth a transfer of its own.
+    size = config.block_size or (8 if platform == "cpu" else 32)
     per_slot = math.ceil(wanted / size)
     most = (
         config.max_num_seqs * per_slot + 1
@@ -89,7 +92,6 @@ def plan_kv(spec: ModelSpec, mesh: Mesh, config: EngineConfig) -> KVPlan:
     bytes_per_page = page_bytes(spec, size, config.tensor_parallel_size, config.attention_backend)
     pages = config.num_gpu_blocks_override
     if pages is None:
-        platform = mesh.devices.flat[0].platform
         budget = config.kv_cache_memory_bytes
         if budget is None and platform != "cpu":
             budget = _free_device_bytes(mesh, config, spec)

@@ -23,8 +23,6 @@ from jinfer.slots import SlotState, slot_shapes
 from jinfer.step import KVLayout, make_step
 from pallas_kernels import paged_attention as pa
 
-SMALLEST_MIXED = 16
-
 
 def buckets(low: int, high: int, growth: int = 2) -> list[int]:
     """`low` times powers of `growth`, and `high` itself."""
@@ -34,6 +32,21 @@ def buckets(low: int, high: int, growth: int = 2) -> list[int]:
         sizes.append(size)
         size *= growth
     return [*sizes, high]
+
+
+def step_sizes(config: EngineConfig, *, is_cpu: bool) -> tuple[list[int], list[int]]:
+    """(rows of the decode steps, tokens of the mixed steps) that are compiled.
+
+    A CPU takes seconds to compile a program, and a server should start in under twenty: it gets fewer of them. There
+    products cost by the row, so the widest interval is halved, where most steps of a busy engine fall.
+    """
+    most_rows, most_tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if not is_cpu:
+        return buckets(1, most_rows), buckets(min(16, most_tokens), most_tokens)
+    rows = {1, *buckets(min(4, most_rows), most_rows)}
+    if most_rows >= 16:
+        rows.add(3 * most_rows // 4)
+    return sorted(rows), buckets(min(32, most_tokens), most_tokens, growth=4)
 
 
 class StepPrograms:
@@ -46,17 +59,7 @@ class StepPrograms:
         self.spec, self.mesh, self.config, self.kv_plan = spec, mesh, config, kv_plan
         self.replicated = NamedSharding(mesh, P())
         self.is_cpu = mesh.devices.flat[0].platform == "cpu"
-        # A CPU compiles slowly, and pays less for a padded prompt chunk than for a start that takes longer.
-        self._row_buckets = buckets(1, config.max_num_seqs)
-        if self.is_cpu:
-            # Products cost by the row there: steps between powers of two keep padding under a third.
-            middles = {3 * size // 4 for size in self._row_buckets if size >= 16 and size % 4 == 0}
-            self._row_buckets = sorted({*self._row_buckets, *middles})
-        self._token_buckets = buckets(
-            min(SMALLEST_MIXED, config.max_num_batched_tokens),
-            config.max_num_batched_tokens,
-            growth=4 if self.is_cpu else 2,
-        )
+        self._row_buckets, self._token_buckets = step_sizes(config, is_cpu=self.is_cpu)
         self._shapes: dict[tuple[bool, int], StepShape] = {}
         self.kv = self._kv()
         self.slots: Any = self._slots()  # a SlotState of ShapeDtypeStructs
