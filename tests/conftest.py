@@ -10,6 +10,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import pytest
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax-tests"
 
@@ -26,3 +27,20 @@ except ImportError:  # the oracle's tests skip themselves where the test extra i
     pass
 else:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A random-weight Llama with one token per byte; its 32 prompts of tests/oracle have no near ties."""
+    from tests.support.models import GROUPED, make_llama
+
+    return make_llama(tmp_path_factory.mktemp("tiny") / "llama", seed=24, **GROUPED)
+
+
+@pytest.fixture(scope="session")
+def warm_llm(tiny_llama):
+    """An `LLM` with every step compiled, shared by the tests that leave an engine as they found it."""
+    from jinfer import LLM
+    from tests.support.engines import SMALL
+
+    return LLM(str(tiny_llama), **{**SMALL, "max_num_seqs": 8, "max_num_batched_tokens": 32, "warmup": True})

@@ -39,17 +39,8 @@ def some(*indices: int) -> dict[str, tuple[list[int], SamplingParams]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """GQA with two KV heads: fewer than the devices of the widest mesh."""
-    return make_llama(
-        tmp_path_factory.mktemp("identical") / "model",
-        seed=24,
-        vocab_size=304,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-    )
+def folder(tiny_llama):
+    return tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,8 @@ class Rows:
 @jax.jit
 def _draw(logits, fields, tables, slots, position):
     rows = row_params(fields, jnp.ones(fields.shape[0], bool), position)
-    return sample(logits, rows, *tables, slots)
+    history, bias_ids, bias, end_ids = tables
+    return sample(logits, rows, history, bias_ids, bias, end_ids, slots)
 
 
 def rows_of(requests: Sequence[Request], position: int) -> Rows:
