@@ -72,11 +72,11 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
 
     async def tokenize_text(request: Request) -> Response:
         body, _ = await read(request, TokenizeBody)
-        return JSONResponse(await tokenize(state, body))
+        return JSONResponse(await state.in_thread(tokenize, state, body))
 
     async def detokenize_ids(request: Request) -> Response:
         body, _ = await read(request, DetokenizeBody)
-        return JSONResponse(await detokenize(state, body))
+        return JSONResponse(await state.in_thread(detokenize, state, body))
 
     routes: tuple[tuple[str, Any, type[Body]], ...] = (
         ("/v1/chat/completions", chat_completions, ChatBody),

@@ -7,7 +7,7 @@ import uuid
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
-from jinfer import OutputDelta
+from jinfer import OutputDelta, SamplingParams
 from serve.answer import Answer, StreamedAnswer, WholeAnswer, event
 from serve.generation import Choice, Choices, Job
 from serve.inputs import read_messages, read_tools
@@ -26,16 +26,21 @@ async def answer_chat(state: State, body: ChatBody, deadline: float) -> Answer:
     """The answer to a chat request, not begun yet. Raises APIError or RequestError for a request at fault."""
     state.check_model(body.model)
     params = chat_params(body, state.engine.default_params, state.limits)
-    tools = read_tools(body.tools, body.tool_choice)
-    ids = await prompt_ids(state, body, tools, bool(body.add_special_tokens))
-    await state.validate(ids, params, "messages")
-    job = Job(f"chatcmpl-{uuid.uuid4().hex}", [ids], params, body.priority or 0, body.cache_salt or "")
+    # A template may take its time, and a body may hold a hundred thousand messages.
+    job = await state.in_thread(_prepare, state, body, params)
     form = ChatFormat(body, job, state.model_name, state.token_texts)
     kind = StreamedAnswer if body.stream else WholeAnswer
     return kind(state, job, form, deadline, logger_for(state, job, "chat"))
 
 
-async def prompt_ids(
+def _prepare(state: State, body: ChatBody, params: SamplingParams) -> Job:
+    tools = read_tools(body.tools, body.tool_choice)
+    ids = prompt_ids(state, body, tools, bool(body.add_special_tokens))
+    state.validate(ids, params, "messages")
+    return Job(f"chatcmpl-{uuid.uuid4().hex}", [ids], params, body.priority or 0, body.cache_salt or "")
+
+
+def prompt_ids(
     state: State, body: TemplateBody, tools: list[dict[str, Any]] | None, add_special_tokens: bool
 ) -> list[int]:
     """The token ids of a conversation. Raises APIError or RequestError."""
@@ -63,17 +68,14 @@ async def prompt_ids(
                 f"chat_template_kwargs has {name!r}, which is a field of the request", "chat_template_kwargs"
             )
 
-    def render() -> list[int]:
-        text = template.render(
-            messages,
-            tools=tools,
-            add_generation_prompt=begins,
-            continue_final_message=continues,
-            chat_template_kwargs=extra,
-        )
-        return state.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    return await state.in_thread(render)
+    text = template.render(
+        messages,
+        tools=tools,
+        add_generation_prompt=begins,
+        continue_final_message=continues,
+        chat_template_kwargs=extra,
+    )
+    return state.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 class ChatFormat:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -26,6 +25,17 @@ async def answer_completion(state: State, body: CompletionBody, deadline: float)
     """The answer to a completion request, not begun yet. Raises APIError or RequestError for a request at fault."""
     state.check_model(body.model)
     params = completion_params(body, state.engine.default_params, state.limits)
+    if isinstance(body.prompt, str) and len(body.prompt) < LONG_PROMPT:
+        job, echoed = _prepare(state, body, params)
+    else:
+        job, echoed = await state.in_thread(_prepare, state, body, params)
+    form = CompletionFormat(body, job, echoed, state.model_name, state.token_texts)
+    kind = StreamedAnswer if body.stream else WholeAnswer
+    return kind(state, job, form, deadline, logger_for(state, job, "completion"))
+
+
+def _prepare(state: State, body: CompletionBody, params: SamplingParams) -> tuple[Job, list[str] | None]:
+    """The work of a request that grows with its prompts: the job, and the prompts as text if they are echoed."""
     prompts = read_prompts(body.prompt)
     most = state.engine.config.max_num_waiting
     if len(prompts) * params.n > most:
@@ -33,36 +43,18 @@ async def answer_completion(state: State, body: CompletionBody, deadline: float)
             f"the request has {len(prompts)} prompts and n {params.n}, more than this server queues ({most}): split it",
             "prompt",
         )
-    ids = await _encode(state, prompts, body.add_special_tokens is not False)
+    tokenizer, adds = state.engine.tokenizer, body.add_special_tokens is not False
+    ids = [prompt if isinstance(prompt, list) else tokenizer.encode(prompt, adds) for prompt in prompts]
     for each in ids:
-        await state.validate(each, params, "prompt")
+        state.validate(each, params, "prompt")
     job = Job(f"cmpl-{uuid.uuid4().hex}", ids, params, body.priority or 0, body.cache_salt or "")
-    echoed = await _echo_texts(state, prompts, params) if body.echo else None
-    form = CompletionFormat(body, job, echoed, state.model_name, state.token_texts)
-    kind = StreamedAnswer if body.stream else WholeAnswer
-    return kind(state, job, form, deadline, logger_for(state, job, "completion"))
+    return job, [_as_text(prompt, tokenizer, params) for prompt in prompts] if body.echo else None
 
 
-async def _encode(state: State, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
-    tokenizer = state.engine.tokenizer
-
-    def encode() -> list[list[int]]:
-        return [p if isinstance(p, list) else tokenizer.encode(p, add_special_tokens) for p in prompts]
-
-    if sum(len(p) for p in prompts if isinstance(p, str)) < LONG_PROMPT:
-        return encode()
-    return await state.in_thread(encode)
-
-
-async def _echo_texts(state: State, prompts: Sequence[Prompt], params: SamplingParams) -> list[str]:
-    """The prompts as text: as they were given, or decoded from token ids."""
-
-    def decode() -> list[str]:
-        skips = params.skip_special_tokens
-        decode_ids = state.engine.tokenizer.decode
-        return [p if isinstance(p, str) else decode_ids(p, skip_special_tokens=skips) for p in prompts]
-
-    return await state.in_thread(decode)
+def _as_text(prompt: Prompt, tokenizer: Any, params: SamplingParams) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return tokenizer.decode(prompt, skip_special_tokens=params.skip_special_tokens)
 
 
 class CompletionFormat:

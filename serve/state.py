@@ -18,7 +18,6 @@ from serve.protocol import APIError, bad_request, unavailable
 
 T = TypeVar("T")
 
-LONG_PROMPT = 4096  # tokens; checking that many takes a third of a millisecond
 WORKERS = 4  # threads for tokenizing and rendering; the tokenizer works outside Python's lock
 
 
@@ -77,16 +76,13 @@ class State:
         if not self.engine.is_ready:
             raise unavailable("the model is still loading: ask again when /ready answers 200", "not_ready", 2)
 
-    async def validate(self, ids: Sequence[int], params: SamplingParams, param: str) -> None:
+    def validate(self, ids: Sequence[int], params: SamplingParams, param: str) -> None:
         """Raises APIError (400) if the engine could not run a prompt with these parameters."""
         if not ids:
             raise bad_request("the prompt has no tokens: give at least one", param)
         check_token_ids(ids, self.engine.vocab_size, param)
         try:
-            if len(ids) < LONG_PROMPT:
-                self.engine.validate(ids, params)
-            else:
-                await self.in_thread(self.engine.validate, ids, params)
+            self.engine.validate(ids, params)
         except RequestError as error:
             name = param if error.param == "prompt" else error.param
             is_long = error.param == "prompt" and len(ids) >= self.engine.max_model_len

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes."""
+"""POST /tokenize and /detokenize, in vLLM's shapes. Called on a thread: a body may hold megabytes of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serve.schemas import DetokenizeBody, TokenizeBody
 from serve.state import State
 
 
-async def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
+def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
     """The token ids of a prompt or of a conversation. Raises APIError or RequestError."""
     state.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -25,9 +25,9 @@ async def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
         if not isinstance(body.prompt, str):
             raise bad_request("prompt is not a string", "prompt")
         adds = body.add_special_tokens is not False
-        ids = await state.in_thread(state.engine.tokenizer.encode, body.prompt, adds)
+        ids = state.engine.tokenizer.encode(body.prompt, adds)
     else:
-        ids = await prompt_ids(state, body, read_tools(body.tools, "none"), bool(body.add_special_tokens))
+        ids = prompt_ids(state, body, read_tools(body.tools, "none"), bool(body.add_special_tokens))
     texts = state.token_texts
     return {
         "count": len(ids),
@@ -37,13 +37,9 @@ async def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
     }
 
 
-async def detokenize(state: State, body: DetokenizeBody) -> dict[str, Any]:
+def detokenize(state: State, body: DetokenizeBody) -> dict[str, Any]:
     """The text of token ids, special ones included. Raises APIError for an id outside the vocabulary."""
     state.check_model(body.model)
     ids = read_token_ids(body.tokens, "tokens")
     check_token_ids(ids, state.engine.vocab_size, "tokens")
-
-    def decode() -> str:
-        return state.engine.tokenizer.decode(ids, skip_special_tokens=False)
-
-    return {"prompt": await state.in_thread(decode)}
+    return {"prompt": state.engine.tokenizer.decode(ids, skip_special_tokens=False)}
