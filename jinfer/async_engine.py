@@ -6,6 +6,7 @@ Commands reach the engine thread through one queue; deltas come back in one call
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import queue
@@ -90,7 +91,10 @@ class AsyncEngine:
         self._draining = True
         if self._engine is None:
             return
-        deadline = asyncio.get_running_loop().time() + timeout
+        with contextlib.suppress(EngineDeadError):  # one that fails has ended its streams by itself
+            await self._drain(asyncio.get_running_loop().time() + timeout)
+
+    async def _drain(self, deadline: float) -> None:
         while await self._num_streams() and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
 

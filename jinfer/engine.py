@@ -46,8 +46,12 @@ class EngineStats:
     recompiles: int
     num_requests_finished: dict[str, int]
     steps: int
-    host_seconds: float  # wall time of schedule, pack, dispatch, commit, detokenize; not waiting for the device
-    host_cpu_seconds: float  # CPU time of the same: on a CPU backend the device's threads take the wall time's cores
+    host_seconds: (
+        float  # wall time of schedule, pack, dispatch, commit, detokenize; not waiting for the device
+    )
+    host_cpu_seconds: (
+        float  # CPU time of the same: on a CPU backend the device's threads take the wall time's cores
+    )
     wait_seconds: float  # waiting for the device's tokens
     kv_waste: float  # share of the allocated KV room that held no token, over all steps
 
@@ -237,17 +241,20 @@ class Engine:
 
     def fail_all(self, message: str) -> list[OutputDelta]:
         """Ends everything with an error: the engine's own fault."""
-        for request, stream in list(self._streams.items()):
-            self.scheduler.finish(request, FinishReason.ERROR)
-            delta = stream.delta([], "", None)
-            delta.finish_reason, delta.error = FinishReason.ERROR, message
-            self._counters.finished[FinishReason.ERROR.value] += 1
-            self._ended.append(delta)
-        self._streams.clear()
+        for request in list(self._streams):
+            self._fail(request, message)
         self._pending = None
         self.scheduler.reset_prefix_cache()
         deltas, self._ended = self._ended, []
         return deltas
+
+    def _fail(self, request: Request, message: str) -> None:
+        stream = self._streams.pop(request)
+        self.scheduler.finish(request, FinishReason.ERROR)
+        delta = stream.delta([], "", None)
+        delta.finish_reason, delta.error = FinishReason.ERROR, message
+        self._counters.finished[FinishReason.ERROR.value] += 1
+        self._ended.append(delta)
 
     def _close(self, request: Request, silent: bool) -> None:
         stream = self._streams.pop(request, None)
@@ -272,6 +279,9 @@ class Engine:
         except BaseException:
             # Pages that a lost step was to fill must not be found by those who come later.
             self.scheduler.reset_prefix_cache()
+            # The scheduler has ended these already, so no abort finds them: the next step tells of their end.
+            for request in [r for r in self._streams if r.finished]:
+                self._fail(request, "the step that ended it failed, and its last tokens are lost")
             raise
 
     def _step(self) -> list[OutputDelta]:
