@@ -46,12 +46,10 @@ class EngineStats:
     recompiles: int
     num_requests_finished: dict[str, int]
     steps: int
-    host_seconds: (
-        float  # wall time of schedule, pack, dispatch, commit, detokenize; not waiting for the device
-    )
-    host_cpu_seconds: (
-        float  # CPU time of the same: on a CPU backend the device's threads take the wall time's cores
-    )
+    # Wall time of schedule, pack, dispatch, commit, detokenize; not waiting for the device.
+    host_seconds: float
+    # CPU time of the same: on a CPU backend the device's threads take the cores from under the wall time.
+    host_cpu_seconds: float
     wait_seconds: float  # waiting for the device's tokens
     kv_waste: float  # share of the allocated KV room that held no token, over all steps
 

@@ -114,7 +114,9 @@ def table(results: list[Compiled]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.compile_check", description="Compile the step for a TPU that is not there.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compile_check", description="Compile the step for a TPU that is not there."
+    )
     parser.add_argument(
         "--model", default="llama-3-8b", help="folder with a config.json, or a name in configs/models"
     )
