@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jinfer import EngineDeadError
 from serve.protocol import APIError
 from serve.state import State
 
@@ -125,7 +126,8 @@ class Server(uvicorn.Server):
         state.draining = True
         try:
             if state.engine.is_ready:
-                await state.engine.drain(state.config.drain_timeout)
+                with contextlib.suppress(EngineDeadError):
+                    await state.engine.drain(state.config.drain_timeout)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_SECONDS):
                     while state.active:

@@ -26,6 +26,7 @@ FAKE = [sys.executable, str(Path(__file__).parent / "fake_server.py")]
 CACHE = ROOT / ".cache" / "jax-tests"
 SMALL = ["--max-num-seqs", "4", "--max-num-batched-tokens", "16", "--max-model-len", "256"]
 TALK: list[Any] = [{"role": "user", "content": "hi"}]
+JINFER = [sys.executable, "-m", "jinfer.serve", "--port", "0", *SMALL, "--compilation-cache-dir", str(CACHE)]
 START_SECONDS = 240.0  # a cold compile on a machine that has other work
 
 
@@ -320,17 +321,7 @@ def test_a_second_signal_does_not_wait():
 
 @pytest.fixture(scope="module")
 def jinfer_server() -> Iterator[Process]:
-    command = [
-        sys.executable,
-        "-m",
-        "jinfer.serve",
-        "--port",
-        "0",
-        *SMALL,
-        "--compilation-cache-dir",
-        str(CACHE),
-    ]
-    with serving([*command, "--request-timeout", "60", "--scheduling-policy", "priority"]) as process:
+    with serving([*JINFER, "--request-timeout", "60", "--scheduling-policy", "priority"]) as process:
         yield process
         text = httpx.get(process.url + "/metrics").text
         assert re.search(r"^jinfer:recompiles_total\S* 0.0$", text, re.MULTILINE)
@@ -425,6 +416,20 @@ def test_the_engines_own_refusals(jinfer_server):
     assert fault(prompt="long " * 1000)["code"] == "context_length_exceeded"
     assert fault(prompt="x", logit_bias={"999999": 1})["param"] == "logit_bias"
     assert fault(prompt="x", stop_token_ids=[999999])["param"] == "stop_token_ids"
+
+
+def test_sigterm_cuts_the_engines_streams_at_the_limit(jinfer_server):  # whose compiled steps this one finds
+    with serving([*JINFER, "--drain-timeout", "0.2"]) as process:
+        body = {"prompt": "Once", "n": 64, "max_tokens": 250, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", process.url + "/v1/completions", json=body, timeout=30) as answer:
+            parts = answer.iter_bytes()
+            data = read_until(parts, b"data: ")
+            process.popen.send_signal(signal.SIGTERM)
+            data += b"".join(parts)
+        assert data.endswith(b"data: [DONE]\n\n")
+        assert b'"finish_reason":"abort"' in data
+        assert process.leave() == 0
+        assert not any("Traceback" in line for line in process.errors)
 
 
 def test_a_model_that_is_not_there():
