@@ -1,0 +1,116 @@
+"""Rotary tables against transformers' own, for every scaling."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from jinfer.layers.rope import Rotary, rotate
+
+DIM, LENGTH = 40, 96
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 2.5},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn beyond one band": {
+        "factor": 40.0,
+        "original_max_position_embeddings": 8,
+        "beta_fast": 4.0,
+        "beta_slow": 3.9,
+    },
+}
+
+
+def hf_tables(kind: str, values: dict, theta: float, length: int) -> tuple[np.ndarray, np.ndarray]:
+    config = LlamaConfig(
+        hidden_size=2 * DIM,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        rope_parameters={"rope_type": kind, "rope_theta": theta, **values},
+    )
+    rotary = LlamaRotaryEmbedding(config)
+    cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
+    return cos[0, :, : DIM // 2].numpy(), sin[0, :, : DIM // 2].numpy()
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("name", KINDS)
+def test_tables_equal_those_of_transformers(name, theta):
+    kind, values = name.split()[0], KINDS[name]
+    length = 3 * LENGTH  # for dynamic: beyond the original length
+    original = values.get("original_max_position_embeddings", LENGTH)
+    rotary = Rotary(
+        DIM,
+        theta,
+        kind,
+        original=original,
+        **{k: v for k, v in values.items() if not k.startswith("original")},
+    )
+    positions = jnp.arange(length, dtype=jnp.int32)
+    cos, sin = rotary.tables(positions, jnp.full(length, length, jnp.int32))
+    expected_cos, expected_sin = hf_tables(kind, values, theta, length)
+    # An angle of several hundred radians leaves a float32 about 3e-5 of it.
+    np.testing.assert_allclose(cos, expected_cos, atol=1e-4)
+    np.testing.assert_allclose(sin, expected_sin, atol=1e-4)
+
+
+def test_dynamic_angles_grow_with_each_tokens_own_length():
+    """Tokens of different requests share a step: each has the angles of its own sequence's length."""
+    rotary = Rotary(DIM, 10000.0, "dynamic", factor=2.0, original=LENGTH)
+    positions = jnp.asarray([5, 5, 200, 95], jnp.int32)
+    lengths = jnp.asarray([LENGTH, 201, 201, 50], jnp.int32)
+    cos, _ = rotary.tables(positions, lengths)
+    short, _ = hf_tables("dynamic", {"factor": 2.0}, 10000.0, LENGTH)
+    long, _ = hf_tables("dynamic", {"factor": 2.0}, 10000.0, 201)
+    np.testing.assert_allclose(cos, np.stack([short[5], long[5], long[200], short[95]]), atol=1e-4)
+
+
+def test_only_dynamic_depends_on_the_length():
+    assert [
+        kind
+        for kind in ("default", "linear", "dynamic", "llama3", "yarn")
+        if Rotary(8, 1e4, kind).depends_on_length
+    ] == ["dynamic"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, 0.1 * np.log(4.0) + 1),
+        ({"attention_factor": 0.5}, 0.5),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, (0.2 * np.log(4.0) + 1) / (0.05 * np.log(4.0) + 1)),
+        ({"mscale": 2.0}, 0.1 * np.log(4.0) + 1),
+    ],
+)
+def test_magnitude_of_yarn(values, expected):
+    assert Rotary(8, 1e4, "yarn", factor=4.0, original=64, **values).magnitude == pytest.approx(expected)
+
+
+def test_rotation_equals_that_of_transformers():
+    random = np.random.default_rng(0)
+    q = random.standard_normal((7, 3, DIM)).astype(np.float32)
+    cos, sin = Rotary(DIM, 10000.0).tables(jnp.arange(7, dtype=jnp.int32))
+    cos2, sin2 = (torch.tensor(np.concatenate([t, t], axis=-1))[None] for t in (cos, sin))
+    heads_first = torch.tensor(q).transpose(0, 1)[None]
+    expected = apply_rotary_pos_emb(heads_first, heads_first, cos2, sin2)[0][0].transpose(0, 1).numpy()
+    np.testing.assert_allclose(rotate(jnp.asarray(q), cos, sin), expected, atol=1e-6)
+
+
+def test_rotation_is_computed_in_float32():
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((300, 1, DIM)), jnp.bfloat16)
+    cos, sin = Rotary(DIM, 10000.0).tables(jnp.arange(300, dtype=jnp.int32))
+    rotated = rotate(x, cos, sin)
+    assert rotated.dtype == jnp.bfloat16
+    exact = rotate(x.astype(jnp.float32), cos, sin)
+    np.testing.assert_array_equal(rotated.astype(jnp.float32), exact.astype(jnp.bfloat16).astype(jnp.float32))
