@@ -23,7 +23,7 @@ from tools.tiny.train import Recipe, run
 
 MAIN = TinyConfig(num_layers=4)
 DRAFT = TinyConfig(hidden_size=96, intermediate_size=256, num_layers=2, head_dim=24)
-MAIN_STEPS, DRAFT_STEPS = 3400, 1600
+MAIN_STEPS, DRAFT_STEPS = 2600, 1200
 _DTYPE = "bfloat16"
 _CORPUS_DOCUMENTS = 20000
 

@@ -17,7 +17,7 @@ def save(path: Path, state: Any, note: dict[str, Any]) -> None:
     arrays["note"] = np.asarray(json.dumps(note))
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
     os.replace(partial, path)
 
 

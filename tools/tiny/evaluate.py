@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tools.tiny import grammar, tasks
-from tools.tiny.documents import DocumentEncoder, draw_exchange, draw_plain_story
+from tools.tiny import documents, grammar, questions, tasks
+from tools.tiny.documents import DocumentEncoder, draw_plain_story
 from tools.tiny.model import Params, TinyConfig, forward
 from tools.tiny.tasks import Exchange
 from tools.tiny.tokenizer import END_ID, PAD_ID
@@ -100,41 +101,42 @@ def _encode(encoder: DocumentEncoder, exchange: Exchange) -> _Example:
 
 def held_out_exchanges(count: int) -> dict[str, list[Exchange]]:
     """Draws the test sets, `count` of each; none of them is in any training row, except the known questions."""
-
-    def several(task: str, length: int = 256) -> list[Exchange]:
-        return [
-            draw_exchange(
-                random.Random(f"held-out/{task}/{length}/{i}"), task, length, held_out=task != "question"
-            )
-            for i in range(count)
-        ]
-
     pairs = sorted(tasks.held_out_pairs())
     chosen = random.Random("held-out order").sample(pairs, min(count, len(pairs)))
     return {
         "addition": [tasks.addition(random.Random(f"held-out/{a}+{b}"), a, b) for a, b in chosen],
-        "json": several("json"),
-        "json_unseen": [
-            tasks.json_template(random.Random(f"held-out/unseen/{i}"), made_up=True) for i in range(count)
-        ],
-        "code_word": several("code_word"),
-        "code_word_long": _long_recalls(count // 4),
-        "repeat": several("repeat"),
-        "question": several("question"),
-        "story": several("story"),
+        "json": _several("json", count),
+        "json_unseen": _filtered(
+            count, "unseen", lambda rng: tasks.json_template(rng, made_up=True), documents.is_held_out
+        ),
+        "code_word": _several("code_word", count),
+        "code_word_long": _filtered(
+            count // 4, "long", lambda rng: tasks.code_word_recall(rng, 450), documents.is_held_out
+        ),
+        "repeat": _several("repeat", count),
+        "question": _filtered(
+            count,
+            "questions",
+            documents.question_exchange,
+            lambda exchange: questions.has_one_right_answer(exchange.messages[-1][1]),
+        ),
+        "story": _several("story", count),
     }
 
 
-def _long_recalls(count: int) -> list[Exchange]:
-    """Draws code word tasks with about 500 words between telling and asking, held-out words only."""
-    found: list[Exchange] = []
-    number = 0
-    while len(found) < count:
-        exchange = tasks.code_word_recall(random.Random(f"held-out/long/{number}"), 500)
-        number += 1
-        if tasks.held_out(f"code_word {exchange.key}"):
-            found.append(exchange)
-    return found
+def _several(task: str, count: int) -> list[Exchange]:
+    return [
+        documents.draw_exchange(random.Random(f"held-out/{task}/{i}"), task, 256, held_out=True)
+        for i in range(count)
+    ]
+
+
+def _filtered(
+    count: int, name: str, draw: Callable[[random.Random], Exchange], keep: Callable[[Exchange], bool]
+) -> list[Exchange]:
+    """Draws until `count` exchanges are kept."""
+    drawn = (draw(random.Random(f"held-out/{name}/{i}")) for i in itertools.count())
+    return list(itertools.islice((exchange for exchange in drawn if keep(exchange)), count))
 
 
 @functools.partial(jax.jit, static_argnums=0)

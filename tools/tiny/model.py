@@ -151,7 +151,10 @@ def _attention(
 
 
 def forward(
-    params: Params, tokens: jax.Array, config: TinyConfig, segments: jax.Array | None = None
+    params: Params,
+    tokens: jax.Array | np.ndarray,
+    config: TinyConfig,
+    segments: jax.Array | np.ndarray | None = None,
 ) -> jax.Array:
     """Runs the network over whole sequences.
 

@@ -10,6 +10,7 @@ from tools.tiny import world
 
 Pair = tuple[str, str]
 
+_GREETINGS = ("Hello! How can I help you?", "Hi! What can I do for you?")
 _UNKNOWN = (
     "I do not know that. I am a very small model and know only a small world.",
     "I do not know. I can tell stories, add numbers, fill in JSON and remember a code word.",
@@ -42,7 +43,7 @@ def _greeting(rng: random.Random) -> Pair:
     asked = rng.choice(
         ["Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Hey!", "Good morning!", "Good evening!", "Hey there"]
     )
-    return asked, rng.choice(["Hello! How can I help you?", "Hi! What can I do for you?"])
+    return asked, rng.choice(_GREETINGS)
 
 
 def _introduction(rng: random.Random) -> Pair:
@@ -219,3 +220,8 @@ def ask(rng: random.Random) -> Pair:
     """Draws one question and its answer."""
     makers, weights = zip(*_KINDS, strict=True)
     return rng.choices(makers, weights)[0](rng)
+
+
+def has_one_right_answer(answer: str) -> bool:
+    """Says whether the question that was answered so is never answered otherwise."""
+    return answer not in _GREETINGS and answer not in _UNKNOWN

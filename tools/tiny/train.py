@@ -77,6 +77,12 @@ def _warmup(recipe: Recipe) -> int:
     return min(recipe.warmup, recipe.steps // 4)
 
 
+def _matrix_dimensions(params: Any) -> dict[str, Any]:
+    """Which parameters Muon updates, and which of their axes are summed over."""
+    out_in = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    return {name: out_in if name.endswith("proj.weight") else None for name in params}
+
+
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """Returns Muon for matrices and AdamW for embeddings and norms: warmup, a stable rate, a fall to 2%."""
     warmup, end = _warmup(recipe), round(recipe.steps * recipe.stable)
@@ -89,7 +95,6 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
         ],
         [warmup, end],
     )
-    out_in = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip),
         optax.contrib.muon(
@@ -97,9 +102,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
             weight_decay=recipe.weight_decay,
             adam_b2=recipe.adam_b2,
             adam_learning_rate=lambda count: schedule(count) * recipe.small_rate,
-            muon_weight_dimension_numbers=lambda params: {
-                name: out_in if name.endswith("proj.weight") else None for name in params
-            },
+            muon_weight_dimension_numbers=_matrix_dimensions,
         ),
     )
 

@@ -24,4 +24,6 @@ def micro() -> TinyConfig:
 
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
-    return Recipe(steps=20, phases=(Phase(64, 2, 0.8), Phase(128, 1, 0.2)), warmup=2, learning_rate=0.04, small_rate=0.5)
+    return Recipe(
+        steps=20, phases=(Phase(64, 2, 0.8), Phase(128, 1, 0.2)), warmup=2, learning_rate=0.04, small_rate=0.5
+    )

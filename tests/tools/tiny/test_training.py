@@ -81,7 +81,7 @@ def test_another_seed_gives_another_run(
         run(micro, recipe, tokenizer_folder, tmp_path / "a.npz", report=_quiet)
     with pytest.raises(ValueError, match="does not fit"):
         run(
-            dataclasses.replace(micro, num_layers=1),
+            dataclasses.replace(micro, num_layers=2),
             other,
             tokenizer_folder,
             tmp_path / "a.npz",
