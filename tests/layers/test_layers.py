@@ -95,9 +95,8 @@ def test_causal_attention():
     q, k, v = array(2, 9, 6, 4), array(2, 9, 2, 4), array(2, 9, 2, 4)
     heads_first = (torch.tensor(np.asarray(t)).transpose(1, 2) for t in (q, k, v))
     wide_q, wide_k, wide_v = heads_first
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        wide_q, wide_k, wide_v, is_causal=True, scale=0.3, enable_gqa=True
-    )
+    attention: Any = torch.nn.functional.scaled_dot_product_attention
+    expected = attention(wide_q, wide_k, wide_v, is_causal=True, scale=0.3, enable_gqa=True)
     actual = causal_attention(q, k, v, 0.3)
     np.testing.assert_allclose(actual, expected.transpose(1, 2).numpy(), rtol=1e-5, atol=1e-5)
 

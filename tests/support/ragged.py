@@ -1,0 +1,141 @@
+"""Ragged steps made to order: a few static shapes, any contents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import paged_attention as pa
+
+
+@dataclass(frozen=True)
+class Row:
+    """One live row: its new tokens, its context with them, and how many full pages it shares with the row before."""
+
+    tokens: int
+    context: int
+    shared_pages: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is static in a step."""
+
+    num_rows: int = 6
+    num_tokens: int = 48
+    page_size: int = 8
+    pages_per_row: int = 12
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 16
+    layers: int = 2
+    dtype: str = "float32"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pages_per_layer(self) -> int:
+        return self.num_rows * self.pages_per_row + 1
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+
+@dataclass(frozen=True)
+class Step:
+    shape: Shape
+    rows: Sequence[Row]
+    batch: pa.RaggedBatch
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    kv: jax.Array
+
+    def owned(self) -> np.ndarray:
+        """bool[pages_per_layer, S]: slots with a token that some row may read after this step."""
+        owned = np.zeros((self.shape.pages_per_layer, self.shape.page_size), bool)
+        for row, table in zip(self.rows, np.asarray(self.batch.page_table)):
+            position = np.arange(row.context)
+            owned[table[position // self.shape.page_size], position % self.shape.page_size] = True
+        return owned
+
+    def written(self) -> np.ndarray:
+        """bool[pages_per_layer, S]: slots that this step writes."""
+        written = np.zeros((self.shape.pages_per_layer, self.shape.page_size), bool)
+        for row, table in zip(self.rows, np.asarray(self.batch.page_table)):
+            position = np.arange(row.context - row.tokens, row.context)
+            written[table[position // self.shape.page_size], position % self.shape.page_size] = True
+        return written
+
+
+def make_step(shape: Shape, decodes: Sequence[Row], chunks: Sequence[Row] = (), *, seed: int = 0) -> Step:
+    """A step with the given rows, the rest padded; pages in random order; random numbers everywhere."""
+    random = np.random.default_rng(seed)
+    rows = [*decodes, *chunks]
+    assert len(rows) <= shape.num_rows
+    assert sum(row.tokens for row in rows) <= shape.num_tokens
+    free = list(random.permutation(np.arange(1, shape.pages_per_layer)))
+    table = np.zeros((shape.num_rows, shape.pages_per_row), np.int32)
+    for index, row in enumerate(rows):
+        count = -(-row.context // shape.page_size)
+        table[index, : row.shared_pages] = table[index - 1, : row.shared_pages]
+        table[index, row.shared_pages : count] = [free.pop() for _ in range(count - row.shared_pages)]
+    lengths = [row.tokens for row in rows] + [0] * (shape.num_rows - len(rows))
+    contexts = [row.context for row in rows] + [0] * (shape.num_rows - len(rows))
+    batch = pa.RaggedBatch(
+        query_starts=jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32),
+        context_lens=jnp.asarray(contexts, jnp.int32),
+        page_table=jnp.asarray(table),
+        num_decode_rows=jnp.int32(len(decodes)),
+        num_rows=jnp.int32(len(rows)),
+        decode_only=shape.num_tokens == shape.num_rows,
+    )
+
+    def normal(*size: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(size), shape.dtype)
+
+    pool = pa.kv_shape(
+        shape.layers * shape.pages_per_layer, shape.page_size, shape.kv_heads, shape.head_dim, shape.dtype
+    )
+    return Step(
+        shape=shape,
+        rows=rows,
+        batch=batch,
+        q=normal(shape.num_tokens, shape.heads, shape.head_dim),
+        k=normal(shape.num_tokens, shape.kv_heads, shape.head_dim),
+        v=normal(shape.num_tokens, shape.kv_heads, shape.head_dim),
+        kv=normal(*pool.shape),
+    )
+
+
+class Runner:
+    """Writes and attends one layer; one compilation per implementation and static shape."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, step: Step, implementation: str, layer: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """(output [T, H, D], kv), both as float32."""
+        shape = step.shape
+        key = (implementation, repr(shape))
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(_write_and_attend(shape, implementation))
+        offset = jnp.int32(layer * shape.pages_per_layer)
+        output, kv = self._compiled[key](step.q, step.k, step.v, step.kv, step.batch, offset)
+        return np.asarray(output, np.float32), np.asarray(kv, np.float32)
+
+
+def _write_and_attend(shape: Shape, implementation: str):
+    options = {**shape.options}
+    if options.pop("sinks", False):
+        options["sinks"] = jnp.linspace(-1.0, 2.0, shape.heads, dtype=jnp.float32)
+
+    def whole(q, k, v, kv, batch, offset):
+        kv = pa.write_kv(kv, k, v, batch, page_offset=offset, implementation=implementation)
+        options_here = {"page_offset": offset, "scale": shape.scale, "implementation": implementation}
+        return pa.attend(q, kv, batch, **options_here, **options), kv
+
+    return whole
