@@ -259,7 +259,7 @@ class Engine:
         if stream is not None:
             self._count_end(request)
             if not silent:
-                self._ended.append(stream.delta([], stream.detokenizer.flush(), None))
+                self._ended.append(stream.delta([], stream.flush(), None))
 
     def _count_end(self, request: Request) -> None:
         assert request.finish_reason is not None
@@ -315,12 +315,12 @@ class Engine:
             request = row.request
             stream = self._streams[request]
             text = self._text_of(stream, token)
-            stopped_by = stream.detokenizer.stopped_by
-            if stopped_by is not None:
-                self.scheduler.finish(request, FinishReason.STOP, stopped_by)
+            if request.finished and stream.error is None:
+                text += stream.flush()
+            # Text that the end lets go may complete a stop string too.
+            if stream.detokenizer.stopped_by is not None:
+                self.scheduler.finish(request, FinishReason.STOP, stream.detokenizer.stopped_by)
             if request.finished:
-                if stopped_by is None:
-                    text += stream.detokenizer.flush()
                 self._count_end(request)
                 del self._streams[request]
             logprobs = None

@@ -42,8 +42,15 @@ class OutputStream:
         ended_by_token = request.finish_reason is FinishReason.STOP
         if ended_by_token and not request.params.include_stop_str_in_output:
             return ""
-        may_stop = len(request.output_token_ids) > self.min_length and not ended_by_token
-        return self.detokenizer.push(token, may_stop=may_stop)
+        return self.detokenizer.push(token, may_stop=self._may_stop and not ended_by_token)
+
+    def flush(self) -> str:
+        """The text that was held back, once the request has ended."""
+        return self.detokenizer.flush(may_stop=self._may_stop)
+
+    @property
+    def _may_stop(self) -> bool:
+        return len(self.request.output_token_ids) > self.min_length
 
     def delta(self, token_ids: list[int], text: str, logprobs: list[TokenLogprobs] | None) -> OutputDelta:
         """One delta; the first carries the prompt's log-probabilities, the last the end."""
