@@ -158,7 +158,7 @@ class Runner:
         self.slots = _with_table(self.slots, table)
 
     def update_weights(self, params: Params | dict[str, Any]) -> None:
-        """Swaps the parameters for others of the same shapes, without recompiling.
+        """Swaps the parameters for others of the same shapes, without recompiling. The caller keeps its arrays.
 
         Raises:
           ModelError: a parameter is missing, unknown or misshaped.
@@ -175,10 +175,12 @@ class Runner:
                 raise ModelError(
                     f"update_weights: {path} has shape {tuple(given[path].shape)}, expected {tuple(target.shape)}"
                 )
-        self.params = {
-            path: jax.device_put(jnp.asarray(given[path], target.dtype), target.sharding)
-            for path, target in wanted.items()
-        }
+        # One by one, so that the old ones go as the new ones come; and as copies, since a training step that donates
+        # its parameters would take the engine's with them.
+        self.params = dict(self.params)
+        for path, target in wanted.items():
+            array = jnp.asarray(given[path], target.dtype)
+            self.params[path] = jax.device_put(array, target.sharding, may_alias=False)
 
 
 def _write_pages(table: jax.Array, slots: jax.Array, indices: jax.Array, pages: jax.Array) -> jax.Array:
