@@ -42,6 +42,9 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.op}: implementation name {name!r} is taken")
         self._members[name] = member
 
+    def __getitem__(self, name: str) -> T:
+        return self._members[name]
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._members))

@@ -17,6 +17,7 @@ Under `shard_map` over KV heads every function sees its own heads and nothing el
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, cast
 
 import jax
@@ -139,7 +140,7 @@ def write_kv(
       k, v: [T, K, D], cast to the pool's dtype.
       page_offset: layer * pages_per_layer, an int or an int32 scalar (traced is fine).
     """
-    plan, chosen, spec = _planned(kv, batch, k, implementation, "k")
+    plan, spec = _planned(kv, batch, k, implementation, "k")
     expected = (plan.num_tokens, spec.num_kv_heads, spec.head_dim)
     for name, value in (("k", k), ("v", v)):
         if value.shape != expected:
@@ -147,7 +148,9 @@ def write_kv(
                 f"{name} has shape {value.shape}: with this pool and batch it must be {expected}"
             )
         _check_dtype(name, value.dtype)
-    return chosen.write_kv(kv, k, v, plan.detail, page_offset=page_offset)
+    return _write_kv(
+        kv, k, v, plan.detail, jnp.asarray(page_offset, jnp.int32), implementation=plan.implementation
+    )
 
 
 def attend(
@@ -179,7 +182,7 @@ def attend(
     Returns:
       [T, H, D] in q's dtype. Rows of padded tokens are finite and otherwise anything.
     """
-    plan, chosen, spec = _planned(kv, batch, q, implementation, "q")
+    plan, spec = _planned(kv, batch, q, implementation, "q")
     if q.ndim != 3 or q.shape[0] != plan.num_tokens or q.shape[2] != spec.head_dim:
         raise ValueError(
             f"q has shape {q.shape}: with this pool and batch it must be ({plan.num_tokens}, heads, {spec.head_dim})"
@@ -197,10 +200,33 @@ def attend(
         raise ValueError(
             f"sinks has shape {sinks.shape}: it must be ({q.shape[1]},), one logit per query head"
         )
-    return chosen.attend(
+    return _attend(
         q,
         kv,
         plan.detail,
+        jnp.asarray(page_offset, jnp.int32),
+        sinks,
+        implementation=plan.implementation,
+        scale=float(scale),
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
+
+
+# Jitted here so that the layers of an unrolled step are traced once, not once each: the offset is an argument.
+
+
+@partial(jax.jit, static_argnames=("implementation",))
+def _write_kv(kv, k, v, detail, page_offset, *, implementation: str):
+    return REGISTRY[implementation].write_kv(kv, k, v, detail, page_offset=page_offset)
+
+
+@partial(jax.jit, static_argnames=("implementation", "scale", "sliding_window", "soft_cap"))
+def _attend(q, kv, detail, page_offset, sinks, *, implementation: str, scale, sliding_window, soft_cap):
+    return REGISTRY[implementation].attend(
+        q,
+        kv,
+        detail,
         page_offset=page_offset,
         scale=scale,
         sliding_window=sliding_window,
@@ -228,7 +254,7 @@ def _of_pool(kv: Any, implementation: str) -> tuple[str, Implementation, KVSpec]
 
 def _planned(
     kv: Any, batch: RaggedBatch | StepPlan, tokens: jax.Array, implementation: str, name: str
-) -> tuple[StepPlan, Implementation, KVSpec]:
+) -> tuple[StepPlan, KVSpec]:
     if tokens.ndim != 3:
         raise ValueError(f"{name} has shape {tokens.shape}: it must be [tokens, heads, head_dim]")
     if isinstance(batch, RaggedBatch):
@@ -238,8 +264,7 @@ def _planned(
             f"implementation is {implementation!r} and the plan was prepared for {batch.implementation!r}: "
             "name the same one in both, or leave it automatic here"
         )
-    _, chosen, spec = _of_pool(kv, batch.implementation)
-    return batch, chosen, spec
+    return batch, _of_pool(kv, batch.implementation)[2]
 
 
 def _check_dtype(name: str, dtype: Any) -> None:

@@ -15,7 +15,7 @@ How it runs:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.dispatch import current_platform
 from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
+from pallas_kernels.paged_attention.xla_plan import Plan, make_plan
 
 NEGATIVE = -1e30  # stands for minus infinity where a difference of two of them must stay finite
 
@@ -48,15 +49,15 @@ class Blocks:
     fenced: bool
 
 
-def choose_blocks(spec: KVSpec, max_rows: int, num_tokens: int) -> Blocks:
-    """Block sizes for this platform.
+def choose_blocks(num_kv_heads: int, head_dim: int, max_rows: int, num_tokens: int) -> Blocks:
+    """Block sizes for this platform and one device's share of the heads.
 
     On CPU a block of keys and a block of values, as float32, should together stay well inside one core's second-level
     cache (2 MB where these numbers were measured), and be large enough that starting an operation is little beside it.
     """
     if current_platform() != "cpu":
         return Blocks(max_rows, 128, min(128, num_tokens), 256, fenced=False)
-    token_bytes = spec.num_kv_heads * spec.head_dim * 4
+    token_bytes = num_kv_heads * head_dim * 4
     budget = 384 * 1024
     rows = min(max_rows, _power_of_two(budget // (64 * token_bytes)))
     most = 256 if max_rows == 1 else 128
@@ -67,46 +68,6 @@ def choose_blocks(spec: KVSpec, max_rows: int, num_tokens: int) -> Blocks:
 def _power_of_two(value: int) -> int:
     """The largest power of two that is not above value, and at least 1."""
     return 1 << max(value.bit_length() - 1, 0)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Plan:
-    """What every layer of a step needs and no layer changes.
-
-    Attributes:
-      pages, slots: int32[R]. Where each decode row's new token is kept.
-      fresh, num_fresh: int32[R], int32[]. The decode rows that start a page, first in a list of all rows.
-      write_pages, write_starts: int32[W]. A page that a prompt chunk writes to, and the flat token at its slot 0.
-      write_low, write_high: int32[W]. The flat tokens of the row that the page takes are those in [low, high).
-      num_writes: int32[]. Live entries of the four.
-      rank: int32[R]. Each decode row's place among the rows sorted by context.
-      order: int32[N]. The sorted rows, N = R rounded up to whole groups.
-      lasts, table: int32[N], int32[N, MP]. The sorted rows' last position (-1: not a decode row) and pages.
-      tile_rows, tile_starts: int32[...]. The row and the first flat token of each tile of queries.
-      num_tiles: int32[]. Live tiles.
-      never: int32[], 0, which the compiler cannot know.
-    """
-
-    batch: RaggedBatch
-    pages: jax.Array
-    slots: jax.Array
-    fresh: jax.Array
-    num_fresh: jax.Array
-    write_pages: jax.Array
-    write_starts: jax.Array
-    write_low: jax.Array
-    write_high: jax.Array
-    num_writes: jax.Array
-    rank: jax.Array
-    order: jax.Array
-    lasts: jax.Array
-    table: jax.Array
-    tile_rows: jax.Array
-    tile_starts: jax.Array
-    num_tiles: jax.Array
-    never: jax.Array
-    blocks: Blocks = field(metadata={"static": True})
 
 
 def why_not(spec: KVSpec) -> str | None:
@@ -130,79 +91,8 @@ def kv_spec(kv) -> KVSpec | None:
 
 
 def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> Plan:
-    blocks = choose_blocks(spec, batch.max_rows, num_tokens)
-    row = jnp.arange(batch.max_rows, dtype=jnp.int32)
-    decodes = row < batch.num_decode_rows
-    chunk_lens = jnp.where(decodes, 0, batch.query_starts[1:] - batch.query_starts[:-1])
-
-    last = jnp.where(decodes, batch.context_lens - 1, -1)
-    slot_page = jnp.take_along_axis(batch.page_table, jnp.maximum(last, 0)[:, None] // spec.page_size, axis=1)
-
-    slot = jnp.maximum(last, 0) % spec.page_size
-    starts_page = decodes & (slot == 0)
-
-    order = jnp.argsort(-last).astype(jnp.int32)
-    rank = jnp.argsort(order).astype(jnp.int32)
-    padding = -batch.max_rows % blocks.decode_rows
-    order = jnp.pad(order, (0, padding))
-    lasts = jnp.where(jnp.arange(order.shape[0]) < batch.num_decode_rows, last[order], -1)
-
-    if batch.decode_only:
-        chunk = _no_chunks()
-    else:
-        chunk = _chunk_writes(batch, chunk_lens, num_tokens, spec.page_size)
-        chunk |= _chunk_tiles(batch, chunk_lens, num_tokens, blocks.tile_queries)
-    return Plan(
-        batch=batch,
-        pages=slot_page[:, 0],
-        slots=slot,
-        fresh=jnp.argsort(~starts_page).astype(jnp.int32),
-        num_fresh=jnp.sum(starts_page, dtype=jnp.int32),
-        rank=rank,
-        order=order,
-        lasts=lasts,
-        table=batch.page_table[order],
-        never=jnp.minimum(batch.num_rows, 0),
-        blocks=blocks,
-        **chunk,
-    )
-
-
-def _no_chunks() -> dict[str, jax.Array]:
-    lists = ("write_pages", "write_starts", "write_low", "write_high", "tile_rows", "tile_starts")
-    empty: dict[str, jax.Array] = {name: jnp.zeros((0,), jnp.int32) for name in lists}
-    return empty | {name: jnp.zeros((), jnp.int32) for name in ("num_writes", "num_tiles")}
-
-
-def _work_list(counts: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lays out counts[r] items of each row r one after the other: (row, index within the row, live items)."""
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-    item = jnp.arange(size, dtype=jnp.int32)
-    row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), counts.shape[0] - 1)
-    return row, item - (ends - counts)[row], ends[-1]
-
-
-def _chunk_writes(
-    batch: RaggedBatch, lens: jax.Array, num_tokens: int, page_size: int
-) -> dict[str, jax.Array]:
-    first_position = batch.context_lens - lens
-    first_page = first_position // page_size
-    counts = jnp.where(lens > 0, (batch.context_lens - 1) // page_size - first_page + 1, 0)
-    # A chunk of n tokens touches at most n // page_size + 2 pages.
-    row, index, total = _work_list(counts, num_tokens // page_size + 2 * batch.max_rows)
-    page = first_page[row] + index
-    return {
-        "write_pages": batch.page_table[row, page],
-        "write_starts": batch.query_starts[row] + page * page_size - first_position[row],
-        "write_low": batch.query_starts[row],
-        "write_high": batch.query_starts[row + 1],
-        "num_writes": total,
-    }
-
-
-def _chunk_tiles(batch: RaggedBatch, lens: jax.Array, num_tokens: int, tile: int) -> dict[str, jax.Array]:
-    row, index, total = _work_list(-(-lens // tile), num_tokens // tile + batch.max_rows)
-    return {"tile_rows": row, "tile_starts": batch.query_starts[row] + index * tile, "num_tiles": total}
+    blocks = choose_blocks(spec.num_kv_heads, spec.head_dim, batch.max_rows, num_tokens)
+    return make_plan(batch, num_tokens, spec.page_size, blocks.tile_queries)
 
 
 def write_kv(kv, k, v, plan: Plan, *, page_offset):
@@ -261,19 +151,20 @@ def _opaque(page_offset, plan: Plan):
     return jnp.asarray(page_offset, jnp.int32) + plan.never
 
 
-def _fence(x, plan: Plan):
+def _fence(x, plan: Plan, blocks: Blocks):
     """x, kept apart from what comes after it: the compiler must store it in this very shape.
 
     A copy of rows of S * D numbers becomes wide moves. Fused with a reshape to [.., D], XLA's CPU compiler unrolls it
     into single-number moves, at half the speed. A loop that never runs is the one barrier that all its passes respect
     (`optimization_barrier` is gone before fusion), and costs nothing.
     """
-    return lax.fori_loop(0, plan.never, lambda _, y: y + 1, x) if plan.blocks.fenced else x
+    return lax.fori_loop(0, plan.never, lambda _, y: y + 1, x) if blocks.fenced else x
 
 
 def attend(q, kv, plan: Plan, *, page_offset, scale, sliding_window, soft_cap, sinks):
-    num_tokens, num_heads, _ = q.shape
+    num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv.shape[2]
+    blocks = choose_blocks(num_kv_heads, head_dim, plan.batch.max_rows, num_tokens)
     heads = (num_kv_heads, num_heads // num_kv_heads)
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(1, *heads)
@@ -281,32 +172,34 @@ def attend(q, kv, plan: Plan, *, page_offset, scale, sliding_window, soft_cap, s
         _attend_blocks,
         kv=kv,
         plan=plan,
+        blocks=blocks,
         offset=_opaque(page_offset, plan),
         window=sliding_window,
         soft_cap=soft_cap,
     )
-    output = _attend_decodes(q, plan, run, heads, scale, sinks)
+    output = _attend_decodes(q, plan, blocks, run, heads, scale, sinks)
     if plan.batch.decode_only:
         return output[plan.rank].astype(q.dtype)
     token = jnp.arange(num_tokens)
     rank = plan.rank[jnp.minimum(token, plan.batch.max_rows - 1)]
     decodes = token < plan.batch.num_decode_rows
     output = jnp.where(decodes[:, None, None], output[rank], 0.0).astype(q.dtype)
-    return _attend_tiles(q, output, plan, run, heads, scale, sinks)
+    return _attend_tiles(q, output, plan, blocks, run, heads, scale, sinks)
 
 
-def _attend_decodes(q, plan: Plan, run, heads, scale, sinks):
-    """Returns float32 [N, H, D] in the order of the sorted rows."""
-    size = plan.blocks.decode_rows
-    num_rows, shape = plan.order.shape[0], q.shape[1:]
-    q = q[plan.order].astype(jnp.float32) * scale
+def _attend_decodes(q, plan: Plan, blocks: Blocks, run, heads, scale, sinks):
+    """Returns float32 [N, H, D] in the order of the sorted rows, N = R rounded up to whole groups."""
+    size, shape = blocks.decode_rows, q.shape[1:]
+    padding = -plan.batch.max_rows % size
+    num_rows = plan.batch.max_rows + padding
+    lasts = jnp.pad(plan.lasts, (0, padding), constant_values=-1)
+    table = jnp.pad(plan.table, ((0, padding), (0, 0)))
+    q = q[jnp.pad(plan.order, (0, padding))].astype(jnp.float32) * scale
     q = q.reshape(num_rows, *heads, shape[1])
 
     def group(start):
         rows = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        result = run(
-            rows(q), rows(plan.lasts)[:, None], rows(plan.table), sinks=sinks, block=plan.blocks.decode_tokens
-        )
+        result = run(rows(q), rows(lasts)[:, None], rows(table), sinks=sinks, block=blocks.decode_tokens)
         return result.reshape(size, *shape)
 
     if num_rows == size:
@@ -319,9 +212,9 @@ def _attend_decodes(q, plan: Plan, run, heads, scale, sinks):
     return lax.fori_loop(0, num_groups, step, jnp.zeros((num_rows, *shape), jnp.float32))
 
 
-def _attend_tiles(q, output, plan: Plan, run, heads, scale, sinks):
+def _attend_tiles(q, output, plan: Plan, blocks: Blocks, run, heads, scale, sinks):
     """Fills in the prompt chunks' rows of output [T, H, D]."""
-    batch, size = plan.batch, plan.blocks.tile_queries
+    batch, size = plan.batch, plan.tile
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, groups = heads
     if sinks is not None:
@@ -342,7 +235,7 @@ def _attend_tiles(q, output, plan: Plan, run, heads, scale, sinks):
             jnp.tile(position, groups)[None],
             lax.dynamic_slice_in_dim(batch.page_table, row, 1),
             sinks=sinks,
-            block=plan.blocks.tile_tokens,
+            block=blocks.tile_tokens,
         )
         result = result.reshape(num_kv_heads, groups, size, head_dim).transpose(2, 0, 1, 3)
         result = result.reshape(size, num_heads, head_dim).astype(output.dtype)
@@ -352,7 +245,9 @@ def _attend_tiles(q, output, plan: Plan, run, heads, scale, sinks):
     return lax.fori_loop(0, plan.num_tiles, one_tile, output)
 
 
-def _attend_blocks(q, position, table, *, kv, plan: Plan, offset, window, soft_cap, sinks, block):
+def _attend_blocks(
+    q, position, table, *, kv, plan: Plan, blocks: Blocks, offset, window, soft_cap, sinks, block
+):
     """Softmax attention of queries over their row's pages, a block of KV tokens at a time.
 
     Args:
@@ -377,7 +272,7 @@ def _attend_blocks(q, position, table, *, kv, plan: Plan, offset, window, soft_c
     def fetch(ids, half):
         rows = ((ids[:, None] + offset) * 2 + half) * num_kv_heads + heads
         found = flat.at[rows].get(mode="promise_in_bounds").astype(jnp.float32)
-        return _fence(found, plan).reshape(num_rows, num_kv_heads, block, head_dim)
+        return _fence(found, plan, blocks).reshape(num_rows, num_kv_heads, block, head_dim)
 
     def step(index, carry):
         top, total, acc = carry

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention import api, xla
 from tests.support.ragged import Row, Runner, Shape, Step, make_step
 
 OPTIONS = [
@@ -21,13 +21,24 @@ run = Runner()
 
 
 @pytest.fixture
-def small_blocks():
+def patched(monkeypatch):
+    """A patch for what is read while tracing: nothing traced before or after it is mistaken for it."""
+
+    def forget():
+        api._attend.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+        run.clear()
+
+    forget()
+    yield monkeypatch
+    forget()
+
+
+@pytest.fixture
+def small_blocks(patched):
     """Loops of several steps in small shapes: groups of 2 rows, blocks of 2 pages, tiles of 8 queries."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            xla, "choose_blocks", lambda spec, rows, tokens: xla.Blocks(2, 16, min(8, tokens), 16, True)
-        )
-        yield
+    patched.setattr(
+        xla, "choose_blocks", lambda heads, dim, rows, tokens: xla.Blocks(2, 16, min(8, tokens), 16, True)
+    )
 
 
 @st.composite
@@ -163,7 +174,7 @@ def test_padded_rows_and_tokens_write_nothing():
     np.testing.assert_array_equal(kv[null], np.asarray(step.kv)[null])
 
 
-def test_agrees_with_the_block_sizes_of_other_platforms(monkeypatch):
-    monkeypatch.setattr(xla, "current_platform", lambda: "gpu")
+def test_agrees_with_the_block_sizes_of_other_platforms(patched):
+    patched.setattr(xla, "current_platform", lambda: "gpu")
     shape = Shape(options={"sliding_window": 30})
     compare(make_step(shape, [Row(1, 9), Row(1, 96)], [Row(4, 4), Row(30, 90)]))

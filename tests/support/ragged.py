@@ -117,6 +117,9 @@ class Runner:
     def __init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
 
+    def clear(self) -> None:
+        self._compiled.clear()
+
     def __call__(self, step: Step, implementation: str, layer: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """(output [T, H, D], kv), both as float32."""
         shape = step.shape
