@@ -27,7 +27,7 @@ Int = Annotated[int, BeforeValidator(_no_float_for_int)]
 class Body(BaseModel):
     """Any request body. None always means "left out"."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
     model: str | None = Field(None, description="the served model; may be left out")
 

@@ -63,7 +63,7 @@ class State:
 
     def check_accepting(self) -> None:
         """Raises APIError (503) if no request can be taken now."""
-        if self.engine.error is not None or (not self.engine.is_healthy and self.engine.is_ready):
+        if not self.engine.is_healthy:
             raise unavailable(
                 f"the engine has failed ({self.engine.error or 'see the log'}): restart the server",
                 "engine_dead",

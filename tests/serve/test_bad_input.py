@@ -197,6 +197,7 @@ def test_bodies_that_are_not_json(client, path, raw):
     error = client.fault(response, 400)
     assert error["type"] == "invalid_request_error"
     assert response.content.isascii()
+    assert error["code"] == "invalid_json" or raw == RAW["beyond floats"]
 
 
 def test_large_bodies_are_parsed_off_the_event_loop_and_refused_the_same(client):

@@ -148,6 +148,30 @@ def test_prompt_logprobs(client, engine):
     assert engine.seen[0].params.prompt_logprobs == 2
 
 
+def test_each_kind_of_logprobs_has_the_count_it_asked_for(client):
+    asked = {"prompt_logprobs": 2, "echo": True, "logprobs": 1, "max_tokens": 1}
+    answer = client.complete([5, 6], **asked).json()["choices"][0]
+    assert len(answer["prompt_logprobs"][1]) == 3
+    assert [top and len(top) for top in answer["logprobs"]["top_logprobs"]] == [None, 2, 2]
+
+
+def test_offsets_behind_a_character_that_is_never_completed(client, engine):
+    engine.reply = [*engine.tokenizer.encode("ü", add_special_tokens=False)[:1], *engine.reply]
+    choice = client.complete("x", logprobs=0, max_tokens=4).json()["choices"][0]
+    assert choice["text"].startswith("\ufffdGr")
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
+
+
+def test_offsets_behind_a_prompt_that_the_tokenizer_shortens(client, engine, monkeypatch):
+    encode = engine.tokenizer.encode
+    monkeypatch.setattr(
+        engine.tokenizer, "encode", lambda text, adds=True: encode(text.replace("  ", " "), adds)
+    )
+    choice = client.complete("a  b", echo=True, logprobs=0, max_tokens=2).json()["choices"][0]
+    assert choice["text"] == "a  bGr"
+    assert choice["logprobs"]["text_offset"][-2:] == [4, 5]
+
+
 def test_token_ids_are_returned(client, engine, events):
     answer = client.complete([1, 2], return_token_ids=True, max_tokens=3).json()["choices"][0]
     assert answer["prompt_token_ids"] == [1, 2]

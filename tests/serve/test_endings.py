@@ -1,8 +1,11 @@
 """Clients that leave, engines that die, servers that shut down: nothing stays behind, and everybody is told."""
 
 import asyncio
+import time
 
 import pytest
+
+from jinfer import RequestError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
@@ -198,6 +201,37 @@ def test_many_requests_at_once(client, engine, wire, reply):
         await asyncio.gather(*(one(i) for i in range(100)))
         assert engine.running == {}
         assert client.state.active == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, BODY),
+        (COMPLETIONS, {"prompt": "x" * 5000}),
+        (COMPLETIONS, {"prompt": ["x"]}),
+        ("/tokenize", {"prompt": "x"}),
+        ("/tokenize", BODY),
+        ("/detokenize", {"tokens": [1]}),
+    ],
+)
+def test_tokenizing_does_not_hold_up_other_requests(client, engine, monkeypatch, path, body):
+    def slow(*args, **kwargs):
+        time.sleep(0.2)
+        raise RequestError("slow")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", slow)
+    monkeypatch.setattr(engine.tokenizer, "decode", slow)
+
+    async def run():
+        task = asyncio.ensure_future(client.http.post(path, json=body))
+        await asyncio.sleep(0.02)
+        begin = time.monotonic()
+        assert (await client.http.get("/health")).status_code == 200
+        assert time.monotonic() - begin < 0.15
+        assert not task.done()
+        assert client.fault(await task, 400)["message"] == "slow"
 
     asyncio.run(run())
 
