@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jinfer.config import EngineConfig
 from jinfer.layers.attention import causal_attention
 from jinfer.models.decoder import Params
+from jinfer.platform import prepare_platform
 
 
 def load_params(model: str, **options: Any) -> Params:
@@ -20,7 +21,9 @@ def load_params(model: str, **options: Any) -> Params:
     """
     from jinfer.models.loading import load_model
 
-    return load_model(EngineConfig(model=model, **options)).params
+    config = EngineConfig(model=model, **options)
+    prepare_platform(config)
+    return load_model(config).params
 
 
 def forward(params: Params, tokens: Int[Array, "*B S"]) -> Float[Array, "*B S V"]:

@@ -84,7 +84,10 @@ def make_llama(
 
 @functools.lru_cache(maxsize=64)
 def load_hf(folder: Path) -> Any:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    # Generation goes on past an end token, as with ignore_eos; min_new_tokens would forbid it instead.
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    return model
 
 
 def _fresh(folder: Path) -> Any:
@@ -109,7 +112,6 @@ def hf_greedy(folder: Path, prompt: Sequence[int], count: int) -> tuple[list[int
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
-            min_new_tokens=count,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
