@@ -1,96 +1,23 @@
-"""Server processes over real sockets, with the official client: the fake engine's for faults, and jinfer's own."""
+"""The server over real sockets, with the official client and without: the fake engine makes the faults."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-FAKE = [sys.executable, str(Path(__file__).parent / "fake_server.py")]
-CACHE = ROOT / ".cache" / "jax-tests"
-SMALL = ["--max-num-seqs", "4", "--max-num-batched-tokens", "16", "--max-model-len", "256"]
+from tests.support.server_process import FAKE, Process, read_until, serving
+
 TALK: list[Any] = [{"role": "user", "content": "hi"}]
-JINFER = [sys.executable, "-m", "jinfer.serve", "--port", "0", *SMALL, "--compilation-cache-dir", str(CACHE)]
-START_SECONDS = 240.0  # a cold compile on a machine that has other work
-
-
-class Process:
-    """A running server. `url` once it has said that it is ready."""
-
-    def __init__(self, command: list[str]) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        self.popen = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.errors: list[str] = []
-        self._reader = threading.Thread(target=self._read_errors, daemon=True)
-        self._reader.start()
-        watchdog = threading.Timer(START_SECONDS, self.popen.kill)
-        watchdog.start()
-        assert self.popen.stdout is not None
-        line = self.popen.stdout.readline()
-        watchdog.cancel()
-        found = re.search(r"ready.* (http://[\d.]+:(\d+)) serves", line)
-        if found is None:
-            self.popen.kill()
-            self.popen.wait()
-            self._reader.join()
-            raise AssertionError(f"the server said {line!r}\n{''.join(self.errors)}")
-        self.url, self.port = found[1], int(found[2])
-
-    def _read_errors(self) -> None:
-        assert self.popen.stderr is not None
-        self.errors.extend(self.popen.stderr)
-
-    def end(self) -> int:
-        """Sends SIGTERM and returns the exit status."""
-        self.popen.send_signal(signal.SIGTERM)
-        return self.leave()
-
-    def leave(self) -> int:
-        status = self.popen.wait(timeout=60)
-        self._reader.join()
-        for stream in (self.popen.stdout, self.popen.stderr):
-            assert stream is not None
-            stream.close()
-        return status
-
-    def running(self) -> float:
-        text = httpx.get(self.url + "/metrics").text
-        return float(re.findall(r"^jinfer:num_requests_running\S* (\S+)$", text, re.MULTILINE)[0])
-
-    def until_running(self, count: int) -> None:
-        deadline = time.monotonic() + 20
-        while self.running() != count:
-            assert time.monotonic() < deadline, f"{self.running()} requests run, not {count}"
-            time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def serving(command: list[str]) -> Iterator[Process]:
-    process = Process(command)
-    try:
-        yield process
-    finally:
-        if process.popen.poll() is None:
-            process.popen.kill()
-        process.leave()
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +171,6 @@ def test_large_bodies_over_a_socket(server):
     assert stranger.status_code in (401, 413)
 
 
-def read_until(stream: Iterator[bytes], text: bytes) -> bytes:
-    data = b""
-    while text not in data:
-        data += next(stream)
-    return data
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_closed_connection_ends_its_request(stream):
     with serving([*FAKE, "--engine", "hold_at=3"]) as process:
@@ -314,160 +234,3 @@ def test_a_second_signal_does_not_wait():
             begin = time.monotonic()
             process.popen.wait(timeout=30)
             assert time.monotonic() - begin < 10
-
-
-# jinfer's own engine and the bundled model
-
-
-@pytest.fixture(scope="module")
-def jinfer_server() -> Iterator[Process]:
-    with serving([*JINFER, "--request-timeout", "60", "--scheduling-policy", "priority"]) as process:
-        yield process
-        text = httpx.get(process.url + "/metrics").text
-        assert re.search(r"^jinfer:recompiles_total\S* 0.0$", text, re.MULTILINE)
-        assert re.search(r"^jinfer:kv_cache_usage_perc\S* 0.0$", text, re.MULTILINE)
-        assert process.end() == 0
-
-
-@pytest.fixture
-def jinfer_sdk(jinfer_server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=jinfer_server.url + "/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-def test_the_bundled_model_answers(jinfer_sdk):
-    question: list[Any] = [{"role": "user", "content": "Tell me a story."}]
-    asked: dict[str, Any] = {
-        "model": "tiny",
-        "messages": question,
-        "temperature": 0,
-        "max_completion_tokens": 40,
-    }
-    whole = jinfer_sdk.chat.completions.create(**asked, logprobs=True)
-    text = whole.choices[0].message.content
-    assert len(text.split()) > 3
-    shown = b"".join(bytes(e.bytes) for e in whole.choices[0].logprobs.content)
-    assert shown.decode("utf-8", "replace").startswith(text)
-    with jinfer_sdk.chat.completions.create(**asked, stream=True) as stream:
-        assert "".join(c.choices[0].delta.content or "" for c in stream) == text
-    again = jinfer_sdk.chat.completions.create(**asked, n=2)
-    assert [c.message.content for c in again.choices] == [text, text]
-    assert again.usage.prompt_tokens_details.cached_tokens >= 0
-
-
-def test_the_engine_scores_prompts(jinfer_sdk, jinfer_server):
-    ids = httpx.post(jinfer_server.url + "/tokenize", json={"prompt": "Once upon a time"}).json()["tokens"]
-    asked: dict[str, Any] = {"model": "tiny", "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
-    by_text = jinfer_sdk.completions.create(prompt="Once upon a time", **asked).choices[0]
-    by_ids = jinfer_sdk.completions.create(prompt=ids, **asked).choices[0]
-    assert by_text.logprobs == by_ids.logprobs
-    assert len(by_text.logprobs.tokens) == len(ids) + 3
-    assert by_text.logprobs.token_logprobs[0] is None
-    assert all(x < 0 for x in by_text.logprobs.token_logprobs[1:])
-    for token, offset in zip(by_text.logprobs.tokens, by_text.logprobs.text_offset, strict=True):
-        assert by_text.text[offset:].startswith(token) or token.startswith(("<", "bytes:"))
-    none = jinfer_sdk.completions.create(prompt=ids, **(asked | {"max_tokens": 0})).choices[0]
-    assert none.logprobs.token_logprobs == by_ids.logprobs.token_logprobs[: len(ids)]
-
-
-def test_many_requests_on_the_real_engine(jinfer_server):
-    """More than fit at once, streamed and whole, some leave, some are wrong; the pages all come back."""
-
-    async def run():
-        async with httpx.AsyncClient(base_url=jinfer_server.url, timeout=60) as client:
-
-            async def one(i: int) -> int:
-                body = {
-                    "prompt": f"{i} and so on",
-                    "max_tokens": 5 + i % 7,
-                    "seed": i,
-                    "stream": i % 3 == 0,
-                    "priority": -i,
-                }
-                if i % 8 == 7:
-                    body["prompt"] = [10**6]
-                if i % 8 == 3:
-                    with contextlib.suppress(httpx.ReadTimeout):
-                        await client.post(
-                            "/v1/completions",
-                            json=body | {"max_tokens": 200, "ignore_eos": True},
-                            timeout=0.05,
-                        )
-                    return 0
-                response = await client.post("/v1/completions", json=body)
-                if i % 3 == 0 and i % 8 != 7:
-                    assert response.text.endswith("data: [DONE]\n\n")
-                return response.status_code
-
-            return await asyncio.gather(*(one(i) for i in range(24)))
-
-    statuses = asyncio.run(run())
-    assert [s for i, s in enumerate(statuses) if i % 8 == 7] == [400] * 3
-    assert [s for i, s in enumerate(statuses) if i % 8 not in (3, 7)] == [200] * 18
-    jinfer_server.until_running(0)
-
-
-def test_the_engines_own_refusals(jinfer_server):
-    def fault(**body: Any) -> dict[str, Any]:
-        response = httpx.post(jinfer_server.url + "/v1/completions", json=body)
-        assert response.status_code == 400
-        return response.json()["error"]
-
-    assert fault(prompt="long " * 1000)["code"] == "context_length_exceeded"
-    assert fault(prompt="x", logit_bias={"999999": 1})["param"] == "logit_bias"
-    assert fault(prompt="x", stop_token_ids=[999999])["param"] == "stop_token_ids"
-
-
-def test_sigterm_cuts_the_engines_streams_at_the_limit(jinfer_server):  # whose compiled steps this one finds
-    with serving([*JINFER, "--drain-timeout", "0.2"]) as process:
-        body = {"prompt": "Once", "n": 64, "max_tokens": 250, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", process.url + "/v1/completions", json=body, timeout=30) as answer:
-            parts = answer.iter_bytes()
-            data = read_until(parts, b"data: ")
-            process.popen.send_signal(signal.SIGTERM)
-            data += b"".join(parts)
-        assert data.endswith(b"data: [DONE]\n\n")
-        assert b'"finish_reason":"abort"' in data
-        assert process.leave() == 0
-        assert not any("Traceback" in line for line in process.errors)
-
-
-def test_a_model_that_is_not_there():
-    command = [sys.executable, "-m", "jinfer.serve", "--port", "0", "--model", "/nowhere/at/all"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1
-    assert "/nowhere/at/all" in run.stderr
-    assert "Traceback" not in run.stderr
-    assert run.stdout == ""
-
-
-def test_a_port_that_is_taken():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [sys.executable, "-m", "jinfer.serve", "--port", str(taken.getsockname()[1])]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2
-    assert "cannot listen" in run.stderr
-
-
-def test_sigterm_while_the_model_loads():
-    command = [sys.executable, "-m", "jinfer.serve", "--compilation-cache-dir", "off", "--port"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [*command, str(port)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        deadline = time.monotonic() + 60
-        status = 0
-        while not status:
-            assert time.monotonic() < deadline
-            with contextlib.suppress(httpx.TransportError):
-                status = httpx.get(f"http://127.0.0.1:{port}/ready").status_code
-        assert status == 503
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == 0
-    assert out == b""

@@ -1,25 +1,19 @@
 """A server process around the fake engine: `python fake_server.py [flags of the server] [--engine FIELD=NUMBER]`."""
 
 import asyncio
-import importlib.util
 import json
 import socket
 import sys
-from pathlib import Path
+from typing import Any
 
 from jinfer import ServerConfig
 from jinfer.cli import parse_args
 from serve.app import create_app
 from serve.lifecycle import run_server
-
-spec = importlib.util.spec_from_file_location("fake", Path(__file__).parent / "conftest.py")
-assert spec is not None
-assert spec.loader is not None
-fake = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake)
+from tests.support.fake_engine import FakeAsyncEngine
 
 argv = sys.argv[1:]
-engine = fake.FakeAsyncEngine()
+engine: Any = FakeAsyncEngine()
 while "--engine" in argv:
     at = argv.index("--engine")
     name, _, value = argv[at + 1].partition("=")
