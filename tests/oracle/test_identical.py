@@ -185,3 +185,32 @@ def test_devices_that_divide_neither_vocabulary_nor_feed_forward(uneven_folder, 
         tokens, logits = hf_greedy(uneven_folder, PROMPTS[i], 64)
         assert margin(logits) > 1.5e-4
         assert outputs[str(i)].token_ids == tokens
+
+
+def test_dynamic_scaling_and_the_prefix_cache(tmp_path):
+    """Beyond the original length the angles of a prompt depend on all of it, so its pages must not be shared."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    folder = make_llama(tmp_path, seed=12, max_position_embeddings=64, rope_parameters=rope)
+    engine = small_engine(folder, max_model_len=256)
+    grown = run_one(engine, PROMPTS[6], greedy(40))  # passes the original length
+    prompts = [
+        PROMPTS[6],
+        [*PROMPTS[6], *grown.token_ids],
+        [*PROMPTS[6], *grown.token_ids, *PROMPTS[17]],
+        [*PROMPTS[6], *grown.token_ids, *PROMPTS[3]],
+    ]
+    assert len(PROMPTS[6]) < 64 < len(prompts[1])
+    for prompt in [*prompts, *prompts]:
+        tokens, logits = hf_greedy(folder, prompt, 20)
+        assert margin(logits) > 1.5e-4
+        output = run_one(engine, prompt, greedy(20))
+        assert output.token_ids == tokens
+        assert (output.num_cached > 0) == (len(prompt) <= 64)
+    # Preempted beyond it, a request is computed again with the angles that each token had.
+    pushed = small_engine(folder, max_model_len=256, num_gpu_blocks_override=33)
+    outputs = run(pushed, {str(i): (prompt, greedy(100)) for i, prompt in enumerate(prompts[:2])})
+    assert pushed.stats().num_preemptions > 0
+    for i, prompt in enumerate(prompts[:2]):
+        tokens, logits = hf_greedy(folder, prompt, 100)
+        assert margin(logits) > 1.5e-4
+        assert outputs[str(i)].token_ids == tokens
