@@ -8,6 +8,8 @@ SHELL := /bin/sh
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# What `make bench` does by itself: two minutes, and no goal that a small machine would miss.
+BENCH := offline --model random:9m --compare hf --max-model-len 512 --repeats 2
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test lint format typecheck bench clean
@@ -32,8 +34,8 @@ format: $(VENV)/.installed-test ## ruff: mend what it can, and format
 typecheck: $(VENV)/.installed-test ## pyright
 	$(BIN)/pyright
 
-bench: $(VENV)/.installed-test ## benchmark against transformers in the same run (ARGS goes to tools.bench)
-	$(BIN)/python -m tools.bench $(ARGS)
+bench: $(VENV)/.installed-test ## benchmark beside transformers in the same run (ARGS="serve --help": another command)
+	$(BIN)/python -m tools.bench $(or $(ARGS),$(BENCH))
 
 clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist
