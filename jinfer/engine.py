@@ -22,6 +22,7 @@ from jinfer.kv_plan import plan_kv
 from jinfer.models.decoder import Params
 from jinfer.outputs import OutputStream
 from jinfer.platform import prepare_platform
+from jinfer.pooling import PoolingParams
 from jinfer.request import FinishReason, OutputDelta, Request
 from jinfer.runner import Runner, StepHandle, token_logprobs
 from jinfer.sampling.params import MAX_STOP_IDS, SamplingParams
@@ -169,11 +170,14 @@ class Engine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         *,
+        pooling: PoolingParams | None = None,
         priority: int = 0,
         cache_salt: str = "",
         arrival_time: float | None = None,
     ) -> None:
         """Queues a request; its n choices are forks that share the prompt's pages.
+
+        pooling: the prompt's embedding is wanted, with the last delta, and no text; give `EMBED` as params.
 
         Raises:
           RequestError: it can never run, or its id is in use. QueueFullError: it cannot now; nothing of it stays.
@@ -197,11 +201,14 @@ class Engine:
                     request_id=request_id,
                     prompt_token_ids=prompt,
                     params=params,
+                    pooling=pooling,
                     seed=seed + index,
                     priority=priority,
                     arrival_time=arrival,
                     cache_salt=private or cache_salt,
-                    cacheable=self._is_cacheable(len(prompt), params),
+                    # The mean needs the hidden states of all tokens: those of cached pages are not kept.
+                    cacheable=self._is_cacheable(len(prompt), params)
+                    and (pooling is None or pooling.pooling != "mean"),
                     index=index,
                     leader=leader,
                     end_token_ids=end_ids,
@@ -306,6 +313,8 @@ class Engine:
         rows = handle.batch.rows
         if any(row.request.params.prompt_logprobs is not None and not row.from_slot for row in rows):
             self._keep_prompt_logprobs(handle)
+        if any(row.request.pooling is not None for row in rows):
+            self._keep_pooled(handle)
         wants = any(row.request.params.logprobs is not None for row in rows)
         table = handle.logprobs() if wants else None
         index_of = {id(row): i for i, row in enumerate(rows)} if wants else {}
@@ -314,6 +323,13 @@ class Engine:
         for row, token in appended:
             request = row.request
             stream = self._streams[request]
+            if request.pooling is not None:
+                # The token that every prompt yields at its end is not asked for.
+                self._counters.generation_tokens -= 1
+                self._count_end(request)
+                del self._streams[request]
+                deltas.append(stream.delta([], "", None))
+                continue
             text = self._text_of(stream, token)
             if request.finished and stream.error is None:
                 text += stream.flush()
@@ -354,6 +370,14 @@ class Engine:
                         table, at + i, prompt[start + i + 1], row.request.params.prompt_logprobs
                     )
             at += count
+
+    def _keep_pooled(self, handle: StepHandle) -> None:
+        table = handle.pooled()
+        assert table is not None
+        for index, row in enumerate(handle.batch.rows):
+            stream = self._streams.get(row.request)
+            if stream is not None and stream.pool is not None:
+                stream.pool.add(table, index, row.start)
 
     def drain(self) -> Iterable[OutputDelta]:
         """Runs until nothing is left; yields deltas."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jinfer.pooling import Pool
 from jinfer.request import FinishReason, OutputDelta, Request, TokenLogprobs
 from jinfer.text import IncrementalDetokenizer, Tokenizer
 
@@ -18,6 +19,7 @@ class OutputStream:
     # Filled chunk by chunk while the prompt is computed, and told with the first delta.
     prompt_logprobs: Any = None  # list[TokenLogprobs | None], if asked for
     told_prompt: bool = False
+    pool: Pool | None = None  # of an embedding request, filled chunk by chunk too
     min_length: int = 0  # stop strings count only from this many tokens on
     error: str | None = None  # what went wrong, with FinishReason.ERROR
 
@@ -34,6 +36,8 @@ class OutputStream:
         stream = cls(request, detokenizer, min_length=params.min_tokens)
         if params.prompt_logprobs is not None and request.index == 0:
             stream.prompt_logprobs = [None] * request.num_prompt_tokens
+        if request.pooling is not None:
+            stream.pool = Pool(request.pooling)
         return stream
 
     def push(self, token: int) -> str:
@@ -72,4 +76,6 @@ class OutputStream:
             delta.stop_reason = request.stop_reason
             delta.timings = request.timings()
             delta.error = self.error
+            if self.pool is not None and request.output_token_ids and not self.error:
+                delta.embedding = self.pool.vector(request.num_prompt_tokens)
         return delta

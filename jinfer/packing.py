@@ -28,6 +28,7 @@ from jinfer.schedule.batch import Batch
 
 NUM_LIVE, NUM_DECODE, NUM_TOKENS, FLAGS = range(4)
 FLAG_PROMPT_LOGPROBS = 1
+FLAG_POOLED = 2
 
 # Columns of the per-slot parameter table.
 FIELDS = (
@@ -166,6 +167,8 @@ def _pack_tokens(batch: Batch, view: dict[str, np.ndarray]) -> int:
             tokens[at] = -1
         else:
             tokens[at : at + row.count] = request.token_slice(row.start, stop)
+            if request.pooling is not None:
+                flags |= FLAG_POOLED
             if request.params.prompt_logprobs is not None and row.start < request.num_prompt_tokens:
                 flags |= FLAG_PROMPT_LOGPROBS
                 following = request.prompt_token_ids[row.start + 1 : stop + 1]

@@ -7,6 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from jinfer.pooling import PoolingParams
 from jinfer.sampling.params import SamplingParams
 
 
@@ -57,6 +60,7 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    pooling: PoolingParams | None = None  # an embedding is wanted, and no text
     seed: int = 0
     priority: int = 0  # lower runs first
     arrival_time: float = field(default_factory=time.monotonic)
@@ -120,6 +124,7 @@ class OutputDelta:
     token_ids: list[int]
     text: str
     logprobs: list[TokenLogprobs] | None = None  # one per new token, if asked for
+    embedding: np.ndarray | None = None  # float32[E], on the last delta of an embedding request
     # On the first delta of choice 0, if asked for: one entry per prompt token, None for the first.
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None

@@ -29,7 +29,7 @@ from jinfer.sampling.features import needs_tables
 from jinfer.sampling.sample import Logprobs
 from jinfer.schedule.batch import Batch
 from jinfer.slots import SlotState, load_tables, slot_tables
-from jinfer.step import StepOutput
+from jinfer.step import Pooled, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,9 @@ class StepHandle:
 
     def prompt_logprobs(self) -> Logprobs | None:
         return jax.tree.map(np.asarray, self.output.prompt)
+
+    def pooled(self) -> Pooled | None:
+        return jax.tree.map(np.asarray, self.output.pooled)
 
 
 def token_logprobs(table: Logprobs, row: int, token: int, count: int) -> TokenLogprobs:

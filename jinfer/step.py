@@ -19,7 +19,16 @@ from jaxtyping import Array, Float, Int
 from jinfer.layers.attention import Attend
 from jinfer.mesh import partition_spec
 from jinfer.models.decoder import Decoder, ModelSpec, Params
-from jinfer.packing import FIELDS, FLAG_PROMPT_LOGPROBS, FLAGS, NUM_DECODE, NUM_FIELDS, NUM_LIVE, StepShape
+from jinfer.packing import (
+    FIELDS,
+    FLAG_POOLED,
+    FLAG_PROMPT_LOGPROBS,
+    FLAGS,
+    NUM_DECODE,
+    NUM_FIELDS,
+    NUM_LIVE,
+    StepShape,
+)
 from jinfer.sampling.sample import Logprobs, logprobs_of, no_logprobs, sample
 from jinfer.slots import SlotState, row_params
 from pallas_kernels import paged_attention as pa
@@ -28,12 +37,20 @@ from pallas_kernels import paged_attention as pa
 LOGPROB_BLOCK = 64
 
 
+class Pooled(NamedTuple):
+    """Hidden states after the final norm, per row: of its last token, and summed over its tokens of this step."""
+
+    last: Float[Array, "R E"]
+    total: Float[Array, "R E"]
+
+
 class StepOutput(NamedTuple):
-    """What the host reads back. `prompt` is None in decode-only steps, zeros where nobody asked."""
+    """What the host reads back. `prompt` and `pooled` are None in decode-only steps, zeros where nobody asked."""
 
     tokens: Int[Array, "R"]
     logprobs: Logprobs
-    prompt: Logprobs | None  # [T]
+    prompt: Logprobs | None = None  # [T]
+    pooled: Pooled | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +112,10 @@ def make_step(spec: ModelSpec, mesh: Mesh, layout: KVLayout, shape: StepShape) -
         hidden, kv = decoder(tokens, positions, attend, kv, lengths)
         last = jnp.maximum(batch.query_starts[1:] - 1, 0)
         state, output = _sample(decoder, hidden[last], state, part, shape)
-        prompt = None if shape.decode_only else _prompt_logprobs(decoder, hidden, part)
-        return kv, state, output._replace(prompt=prompt)
+        if not shape.decode_only:
+            prompt = _prompt_logprobs(decoder, hidden, part)
+            output = output._replace(prompt=prompt, pooled=_pooled(hidden, batch, last, part))
+        return kv, state, output
 
     return step
 
@@ -141,7 +160,7 @@ def _sample(
         last_token=state.last_token.at[target].set(tokens, mode="drop"),
         history=state.history.at[target, tokens].add(2, mode="drop"),
     )
-    return state, StepOutput(tokens, logprobs, None)
+    return state, StepOutput(tokens, logprobs)
 
 
 def _prompt_logprobs(decoder: Decoder, hidden: Float[Array, "T E"], part: dict[str, Array]) -> Logprobs:
@@ -158,3 +177,24 @@ def _prompt_logprobs(decoder: Decoder, hidden: Float[Array, "T E"], part: dict[s
 
     wanted = (part["head"][FLAGS] & FLAG_PROMPT_LOGPROBS) != 0
     return lax.cond(wanted, compute, lambda x: no_logprobs(num_tokens), hidden)
+
+
+def _pooled(
+    hidden: Float[Array, "T E"], batch: pa.RaggedBatch, last: Int[Array, "R"], part: dict[str, Array]
+) -> Pooled:
+    """float32, if any row of the step asked."""
+    num_tokens, num_rows = hidden.shape[0], last.shape[0]
+
+    def compute(hidden: Array) -> Pooled:
+        wide = hidden.astype(jnp.float32)
+        live = jnp.arange(num_tokens) < batch.query_starts[-1]
+        total = jax.ops.segment_sum(
+            jnp.where(live[:, None], wide, 0.0), batch.token_rows(num_tokens), num_rows
+        )
+        return Pooled(wide[last], total)
+
+    def skip(hidden: Array) -> Pooled:
+        zeros = jnp.zeros((num_rows, hidden.shape[1]), jnp.float32)
+        return Pooled(zeros, zeros)
+
+    return lax.cond((part["head"][FLAGS] & FLAG_POOLED) != 0, compute, skip, hidden)

@@ -10,6 +10,7 @@ FLOORS = [
     {"config", "mesh", "errors", "text", "cli", "platform", "assets"},
     {"layers", "weights"},
     {"models", "sampling", "cache"},
+    {"pooling"},
     {"request"},
     {"schedule", "outputs", "kv_plan"},
     {"packing", "slots", "step"},
@@ -20,7 +21,7 @@ FLOORS = [
     {"serve", "__init__"},
 ]
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
-HOST_ONLY = {"cache", "schedule", "request", "outputs", "config", "cli", "text"}
+HOST_ONLY = {"cache", "schedule", "request", "outputs", "config", "cli", "text", "pooling"}
 
 
 def imports(file: Path) -> list[str]:
