@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     )
     from jinfer.llm import LLM
     from jinfer.models.functional import forward, load_params
-    from jinfer.request import Completion, FinishReason, OutputDelta, RequestOutput, TokenLogprobs
+    from jinfer.pooling import PoolingParams
+    from jinfer.request import (
+        Completion,
+        EmbeddingOutput,
+        FinishReason,
+        OutputDelta,
+        RequestOutput,
+        ScoreOutput,
+        TokenLogprobs,
+    )
     from jinfer.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
@@ -33,7 +42,10 @@ _HOMES = {
     "ServerConfig": "jinfer.config",
     "Engine": "jinfer.engine",
     "AsyncEngine": "jinfer.async_engine",
+    "PoolingParams": "jinfer.pooling",
     "Completion": "jinfer.request",
+    "EmbeddingOutput": "jinfer.request",
+    "ScoreOutput": "jinfer.request",
     "FinishReason": "jinfer.request",
     "OutputDelta": "jinfer.request",
     "RequestOutput": "jinfer.request",
@@ -54,6 +66,7 @@ __all__ = [
     "AsyncEngine",
     "Completion",
     "ConfigError",
+    "EmbeddingOutput",
     "Engine",
     "EngineConfig",
     "EngineDeadError",
@@ -61,10 +74,12 @@ __all__ = [
     "JinferError",
     "ModelError",
     "OutputDelta",
+    "PoolingParams",
     "QueueFullError",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "ScoreOutput",
     "ServerConfig",
     "TokenLogprobs",
     "UserError",

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jinfer.config import EngineConfig
+from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine, EngineStats
 from jinfer.errors import EngineDeadError, JinferError, RequestError
 from jinfer.models.decoder import Params
+from jinfer.pooling import EMBED, PoolingParams, default_pooling
 from jinfer.request import OutputDelta
 from jinfer.sampling.params import SamplingParams
 from jinfer.text import ChatTemplate, Tokenizer
@@ -28,7 +30,6 @@ from jinfer.text import ChatTemplate, Tokenizer
 logger = logging.getLogger(__name__)
 
 IDLE_CHECK_SECONDS = 30.0  # an idle engine checks its books this often at most
-GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(eq=False)
@@ -137,6 +138,11 @@ class AsyncEngine:
     def vocab_size(self) -> int:
         return self.engine.vocab_size
 
+    @property
+    def default_pooling(self) -> PoolingParams:
+        """How embeddings are pooled where a request does not say; see `jinfer.pooling.default_pooling`."""
+        return default_pooling(self.engine.folder)
+
     def stats(self) -> EngineStats:
         """A snapshot; reading it does not wait for the engine."""
         return self.engine.stats()
@@ -153,10 +159,13 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         request_id: str,
+        pooling: PoolingParams | None = None,
         priority: int = 0,
         cache_salt: str = "",
     ) -> AsyncIterator[OutputDelta]:
         """Deltas of all n choices as they come; ends when all are finished.
+
+        pooling: the prompt's embedding is wanted, with the one delta that comes, and no text; see `embed`.
 
         Closing the iterator aborts the request and frees its pages.
 
@@ -171,7 +180,14 @@ class AsyncEngine:
         def add(engine: Engine) -> None:
             if request_id in self._streams:
                 raise RequestError(f"request id {request_id!r} is running already: choose another")
-            engine.add_request(request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+            engine.add_request(
+                request_id,
+                prompt_token_ids,
+                params,
+                pooling=pooling,
+                priority=priority,
+                cache_salt=cache_salt,
+            )
             self._streams[request_id] = stream
 
         try:
@@ -186,6 +202,33 @@ class AsyncEngine:
             if open_choices and self.is_healthy:
                 # Not awaited: this also runs while the caller is being cancelled.
                 self._commands.put(lambda engine: self._forget(engine, request_id, stream))
+
+    async def embed(
+        self,
+        prompt_token_ids: Sequence[int],
+        pooling: PoolingParams | None = None,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> np.ndarray:
+        """float32[hidden size]: one vector for a prompt; `pooling` defaults to `default_pooling`.
+
+        It goes through the same steps as text that is generated, in chunks beside it. Raises as `generate` does.
+        """
+        pooling = pooling or self.default_pooling
+        stream = self.generate(
+            prompt_token_ids,
+            EMBED,
+            request_id=request_id,
+            pooling=pooling,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        async for delta in stream:
+            if delta.embedding is not None:
+                return delta.embedding
+        raise RequestError(f"request {request_id!r} was aborted before its embedding was there")
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream gets a last delta with FinishReason.ABORT."""
@@ -238,7 +281,7 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             engine = Engine(self.config)
-            self.default_params = generation_defaults(engine.folder)
+            self.default_params = generation_defaults(self.config.generation_config, engine.folder)
             self._engine = engine
         except BaseException as error:
             self.error = f"the engine could not start: {error}"
@@ -321,19 +364,3 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> 
         loop.call_soon_threadsafe(function)
     except RuntimeError:
         logger.debug("the caller's event loop is closed: its deltas are dropped")
-
-
-def generation_defaults(folder: Path) -> dict[str, Any]:
-    """Sampling defaults that the model's generation_config.json states; {} where it states none."""
-    try:
-        values = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("generation_config.json is left out: %s", error)
-        return {}
-    if not isinstance(values, dict):
-        return {}
-    if values.get("do_sample") is False:
-        return {"temperature": 0.0}
-    return {k: values[k] for k in GENERATION_KEYS if isinstance(values.get(k), int | float)}

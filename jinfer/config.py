@@ -62,6 +62,11 @@ class EngineConfig:
         "compute and KV type; auto: the checkpoint's own on TPU and GPU, float32 on CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    generation_config: str = option(
+        "auto",
+        "defaults of requests (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens): 'auto': of the "
+        "model's generation_config.json; 'vllm': none; or a folder that has such a file",
+    )
     max_model_len: int | None = option(
         None, "longest prompt plus output in tokens; default: the model's own limit", low=2, high=2**24
     )

@@ -16,7 +16,9 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from jinfer.cache.groups import GroupSize
 from jinfer.config import EngineConfig
+from jinfer.defaults import generation_end_ids
 from jinfer.errors import RequestError
 from jinfer.kv_plan import plan_kv
 from jinfer.models.decoder import Params
@@ -84,7 +86,7 @@ class Engine:
         self.kv_plan = plan_kv(model.spec, model.mesh, config)
         self.runner = Runner(model, config, self.kv_plan)
         self.scheduler = Scheduler(
-            num_pages=self.kv_plan.pages,
+            groups=[GroupSize(self.kv_plan.pages)],
             page_size=self.kv_plan.page_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -94,6 +96,7 @@ class Engine:
             policy=config.scheduling_policy,
         )
         self.end_ids = frozenset(self.tokenizer.eos_ids) | frozenset(self.model_config.eos_token_ids)
+        self.end_ids |= generation_end_ids(config.generation_config, self.folder)
         self._streams: dict[Request, OutputStream] = {}
         self._pending: StepHandle | None = None
         self._ended: list[OutputDelta] = []  # ends that no step caused: told by the next step
@@ -232,9 +235,8 @@ class Engine:
         if not self.config.enable_prefix_caching and params.n == 1:
             return False
         # Beyond the original length these angles depend on the whole prompt's length, not on the prefix alone.
-        scaling = self.model_config.rope_scaling
-        original = scaling.original_max_position_embeddings or self.model_config.max_position_embeddings
-        return scaling.rope_type != "dynamic" or prompt_length <= original
+        fixed = self.model_config.fixed_angles_length
+        return fixed is None or prompt_length <= fixed
 
     def abort(self, request_id: str, *, silent: bool = False) -> None:
         """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have ended.

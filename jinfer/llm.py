@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from jinfer.config import EngineConfig
+from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine
 from jinfer.errors import RequestError
 from jinfer.models.decoder import Params
-from jinfer.request import Completion, OutputDelta, RequestOutput
+from jinfer.pooling import EMBED, PoolingParams, default_pooling
+from jinfer.request import Completion, EmbeddingOutput, OutputDelta, RequestOutput, ScoreOutput
 from jinfer.sampling.params import SamplingParams
+from jinfer.scoring import join_pair, score_of
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -35,10 +39,16 @@ class LLM:
         if model is not None:
             options["model"] = model
         self.engine = Engine(EngineConfig(**options))
+        self._defaults = generation_defaults(self.engine.config.generation_config, self.engine.folder)
 
     @property
     def tokenizer(self):
         return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` and `chat` use where they are given none: the model's generation_config.json, as the option
+        `generation_config` says."""
+        return SamplingParams(**self._defaults)
 
     def generate(
         self,
@@ -51,17 +61,17 @@ class LLM:
         """Completes prompts, text or token ids; results come in the prompts' order.
 
         Args:
-          sampling_params: one for all, or one per prompt; default: `SamplingParams()`.
+          sampling_params: one for all, or one per prompt; default: `get_default_sampling_params()`.
           priority: one per prompt; lower runs first under scheduling_policy="priority".
           use_tqdm: show a progress bar on batches of eight and more.
 
         Raises:
           RequestError: a prompt or parameter is refused; nothing of the batch has run then.
         """
-        many = _as_list(prompts)
-        token_ids = [self.encode(p) if isinstance(p, str) else _plain_ids(p) for p in many]
-        texts = [p if isinstance(p, str) else None for p in many]
-        return self._run(token_ids, texts, _per_prompt(sampling_params, len(many)), priority, use_tqdm)
+        token_ids, texts = self._read(prompts)
+        params = self._per_prompt(sampling_params, len(token_ids))
+        results = self._run(token_ids, texts, params, priority=priority, use_tqdm=use_tqdm)
+        return [result.output() for result in results]
 
     def chat(
         self,
@@ -88,7 +98,78 @@ class LLM:
         chats: list[Any] = list(messages) if several else [messages]
         texts = [template.render(chat, **template_options) for chat in chats]
         token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self._run(token_ids, list(texts), _per_prompt(sampling_params, len(texts)), None, use_tqdm)
+        params = self._per_prompt(sampling_params, len(texts))
+        results = self._run(token_ids, texts, params, use_tqdm=use_tqdm)
+        return [result.output() for result in results]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """One vector per prompt, from the hidden states after the final norm; in the prompts' order.
+
+        Args:
+          pooling: "last": of the last token; "mean": their mean over all tokens.
+          normalize: scale each vector to length 1. Both default to what a sentence-transformers folder says, else to
+            "last" and True.
+
+        Raises:
+          RequestError: a prompt or parameter is refused; nothing of the batch has run then.
+        """
+        token_ids, texts = self._read(prompts)
+        params = self._pooling(pooling, normalize)
+        results = self._run(
+            token_ids, texts, [EMBED] * len(texts), pooling=params, use_tqdm=use_tqdm, unit="prompt"
+        )
+        return [
+            EmbeddingOutput(r.prompt, r.prompt_token_ids, r.embedding, r.num_cached)
+            for r in results
+            if r.embedding is not None
+        ]
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[ScoreOutput]:
+        """Log-likelihoods of continuations given their prompts; one per continuation, in order.
+
+        Args:
+          prompts: one for all continuations, or one per continuation.
+          continuations: text or token ids. A token across the seam of two texts counts for the continuation. None:
+            every prompt is scored from its second token on.
+
+        Raises:
+          RequestError: a prompt or continuation is refused; nothing of the batch has run then.
+        """
+        if continuations is None:
+            wholes, _ = self._read(prompts)
+            starts = [1] * len(wholes)
+            for whole in wholes:
+                if len(whole) < 2:
+                    raise RequestError("a text to be scored has fewer than two tokens: give a longer one")
+        else:
+            heads, tails = (
+                [p if isinstance(p, str) else _plain_ids(p) for p in _as_list(side)]
+                for side in (prompts, continuations)
+            )
+            if len(heads) == 1:
+                heads *= len(tails)
+            if len(heads) != len(tails):
+                raise RequestError(
+                    f"{len(heads)} prompts for {len(tails)} continuations: give one prompt, or one per continuation"
+                )
+            pairs = [join_pair(self.tokenizer, *pair) for pair in zip(heads, tails, strict=True)]
+            wholes, starts = [whole for whole, _ in pairs], [start for _, start in pairs]
+        params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)] * len(wholes)
+        results = self._run(wholes, [None] * len(wholes), params, use_tqdm=use_tqdm)
+        return [score_of(result.output(), start) for result, start in zip(results, starts, strict=True)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens of the model's convention included."""
@@ -98,14 +179,40 @@ class LLM:
         """Swaps the weights in place, without recompiling; see `Engine.update_weights`."""
         self.engine.update_weights(params)
 
+    def _read(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[list[int]], list[str | None]]:
+        """Token ids and, where it was given, the text of each prompt."""
+        many = _as_list(prompts)
+        token_ids = [self.encode(p) if isinstance(p, str) else _plain_ids(p) for p in many]
+        return token_ids, [p if isinstance(p, str) else None for p in many]
+
+    def _pooling(self, pooling: str | None, normalize: bool | None) -> PoolingParams:
+        if pooling is not None and normalize is not None:
+            return PoolingParams(pooling, normalize)
+        own = default_pooling(self.engine.folder) if pooling is None else PoolingParams(pooling)
+        return own if normalize is None else PoolingParams(own.pooling, normalize)
+
+    def _per_prompt(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.get_default_sampling_params()] * count
+        if len(params) != count:
+            raise RequestError(
+                f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt"
+            )
+        return list(params)
+
     def _run(
         self,
         prompts: list[list[int]],
         texts: Sequence[str | None],
         params: list[SamplingParams],
-        priority: Sequence[int] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+        *,
+        pooling: PoolingParams | None = None,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool = True,
+        unit: str = "request",
+    ) -> list[_Result]:
         self._check(prompts, params, priority)
         ids = [f"llm-{next(_numbers)}" for _ in prompts]
         results = {
@@ -113,15 +220,15 @@ class LLM:
             for request_id, text, prompt, p in zip(ids, texts, prompts, params, strict=True)
         }
         waiting = list(zip(ids, prompts, params, priority or [0] * len(ids), strict=True))[::-1]
-        bar = tqdm(total=len(ids), unit="request", disable=not use_tqdm or len(ids) < PROGRESS_FROM)
+        bar = tqdm(total=len(ids), unit=unit, disable=not use_tqdm or len(ids) < PROGRESS_FROM)
         try:
             with bar:
-                self._feed(waiting)
+                self._feed(waiting, pooling)
                 while self.engine.has_unfinished:
                     for delta in self.engine.step():
                         if delta.request_id in results and results[delta.request_id].add(delta):
                             bar.update()
-                    self._feed(waiting)
+                    self._feed(waiting, pooling)
         except BaseException:
             # An interrupted batch leaves an engine that can go on.
             for request_id in ids:
@@ -129,7 +236,7 @@ class LLM:
             for _ in self.engine.drain():
                 pass
             raise
-        return [results[request_id].output() for request_id in ids]
+        return [results[request_id] for request_id in ids]
 
     def _check(
         self, prompts: list[list[int]], params: list[SamplingParams], priority: Sequence[int] | None
@@ -145,12 +252,14 @@ class LLM:
         if priority is not None and len(priority) != len(prompts):
             raise RequestError(f"{len(priority)} priorities for {len(prompts)} prompts: give one per prompt")
 
-    def _feed(self, waiting: list[tuple[str, list[int], SamplingParams, int]]) -> None:
+    def _feed(
+        self, waiting: list[tuple[str, list[int], SamplingParams, int]], pooling: PoolingParams | None
+    ) -> None:
         """Hands over as many requests as the engine's queue takes."""
         limit = self.engine.config.max_num_waiting
         while waiting and self.engine.scheduler.num_waiting + waiting[-1][2].n <= limit:
             request_id, prompt, params, priority = waiting.pop()
-            self.engine.add_request(request_id, prompt, params, priority=priority)
+            self.engine.add_request(request_id, prompt, params, pooling=pooling, priority=priority)
 
 
 class _Result:
@@ -159,6 +268,7 @@ class _Result:
     def __init__(self, request_id: str, prompt: str | None, token_ids: list[int], n: int) -> None:
         self.request_id, self.prompt, self.prompt_token_ids = request_id, prompt, token_ids
         self.prompt_logprobs: Any = None
+        self.embedding: np.ndarray | None = None
         self.num_cached = 0
         self.choices = [Completion(i, "", [], None, None, None, None) for i in range(n)]
         self.texts: list[list[str]] = [[] for _ in range(n)]
@@ -173,6 +283,8 @@ class _Result:
             choice.logprobs = [*(choice.logprobs or []), *delta.logprobs]
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
+        if delta.embedding is not None:
+            self.embedding = delta.embedding
         self.num_cached = max(self.num_cached, delta.num_cached_tokens if delta.index == 0 else 0)
         if delta.finish_reason is None:
             return False
@@ -208,11 +320,3 @@ def _plain_ids(ids: Any) -> list[int]:
 def _listed(values: Any) -> list[Any]:
     """A sequence or array as a list."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt")
-    return list(params)

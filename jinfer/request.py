@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -168,3 +169,28 @@ class RequestOutput:
     def token_ids(self) -> list[int]:
         """Output token ids of the first choice."""
         return self.outputs[0].token_ids
+
+
+@dataclass
+class EmbeddingOutput:
+    """What `LLM.embed` gives for one prompt."""
+
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    embedding: np.ndarray  # float32[hidden size]
+    num_cached_tokens: int
+
+
+@dataclass
+class ScoreOutput:
+    """What `LLM.score` gives for one continuation: natural logarithms of its tokens' probabilities."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]  # of the continuation
+    logprobs: list[float]  # one per token of the continuation
+    is_greedy: bool  # each of its tokens is the most likely one: greedy decoding would say just this
+
+    @property
+    def logprob(self) -> float:
+        """Log-likelihood of the continuation given the prompt."""
+        return math.fsum(self.logprobs)

@@ -10,18 +10,18 @@ FLOORS = [
     {"config", "mesh", "errors", "text", "cli", "platform", "assets"},
     {"layers", "weights"},
     {"models", "sampling", "cache"},
-    {"pooling"},
+    {"pooling", "defaults"},
     {"request"},
     {"schedule", "outputs", "kv_plan"},
     {"packing", "slots", "step"},
     {"programs"},
     {"runner"},
     {"engine", "async_engine"},
-    {"llm"},
+    {"llm", "scoring"},
     {"serve", "__init__"},
 ]
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
-HOST_ONLY = {"cache", "schedule", "request", "outputs", "config", "cli", "text", "pooling"}
+HOST_ONLY = {"cache", "schedule", "request", "outputs", "config", "cli", "text", "pooling", "defaults"}
 
 
 def imports(file: Path) -> list[str]:
