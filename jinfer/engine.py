@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from jinfer.cache.groups import GroupSize
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_end_ids
 from jinfer.errors import RequestError
@@ -85,7 +86,7 @@ class Engine:
         self.kv_plan = plan_kv(model.spec, model.mesh, config)
         self.runner = Runner(model, config, self.kv_plan)
         self.scheduler = Scheduler(
-            num_pages=self.kv_plan.pages,
+            groups=[GroupSize(self.kv_plan.pages)],
             page_size=self.kv_plan.page_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -135,7 +135,7 @@ def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, in
         (row.slot, row.new_page_start + i, page)
         for row in rows
         if row.new_pages
-        for i, page in enumerate(row.new_pages)
+        for i, page in enumerate(row.new_pages[0])
     ]
     room = shape.num_page_updates
     spilled = updates[room:]

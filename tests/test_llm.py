@@ -170,7 +170,7 @@ def test_forks_share_the_pages_of_their_prompt(folders, caching):
     while engine.stats().num_running < 3 or len(deltas) < 6:
         deltas += engine.step()
     # Five pages together and one of each fork's own; as strangers they would take 18 at least.
-    assert 5 + 3 * 1 <= engine.scheduler.pool.num_used <= 5 + 3 * 2
+    assert 5 + 3 * 1 <= engine.scheduler.groups[0].pool.num_used <= 5 + 3 * 2
     engine.check_integrity()
     deltas += engine.drain()
     outputs = collect(deltas)

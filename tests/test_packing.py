@@ -54,8 +54,8 @@ def test_a_mixed_batch():
     again = request([30, 31], 3, [32, 33])  # preempted, now computed again with its output
     rows = [
         BatchRow(decoding, 2, 4, 1, True, True, 1, ()),
-        BatchRow(chunk, 0, 3, 5, False, False, 1, [7]),
-        BatchRow(again, 3, 0, 4, False, True, 0, [8, 9]),
+        BatchRow(chunk, 0, 3, 5, False, False, 1, [[7]]),
+        BatchRow(again, 3, 0, 4, False, True, 0, [[8, 9]]),
     ]
     part, spilled = sections(Batch(0, rows, 1, 10, [again]), MIXED)
     assert spilled == []
@@ -77,12 +77,12 @@ def test_a_mixed_batch():
 
 def test_the_last_chunk_of_a_prompt_has_no_target_for_its_last_token():
     asked = request([5, 6, 7], 1, prompt_logprobs=0)
-    part, _ = sections(Batch(0, [BatchRow(asked, 1, 1, 2, False, True, 0, [3])], 0, 2, [asked]), MIXED)
+    part, _ = sections(Batch(0, [BatchRow(asked, 1, 1, 2, False, True, 0, [[3]])], 0, 2, [asked]), MIXED)
     assert part["targets"][:2].tolist() == [7, 0]
 
 
 def test_a_decode_batch_has_no_token_section():
-    rows = [BatchRow(request([1], slot, [2]), slot, 8, 1, True, True, 1, [slot + 5]) for slot in (3, 1)]
+    rows = [BatchRow(request([1], slot, [2]), slot, 8, 1, True, True, 1, [[slot + 5]]) for slot in (3, 1)]
     part, _ = sections(Batch(0, rows, 2, 2), DECODE)
     assert part["tokens"].size == part["admitted"].size == 0
     assert part["row_slot"].tolist() == [3, 1, 4, 4]
@@ -91,7 +91,7 @@ def test_a_decode_batch_has_no_token_section():
 
 
 def test_pages_that_do_not_fit_are_told():
-    row = BatchRow(request(range(70), 1), 1, 64, 6, False, True, 0, list(range(20, 29)))
+    row = BatchRow(request(range(70), 1), 1, 64, 6, False, True, 0, [list(range(20, 29))])
     part, spilled = sections(Batch(0, [row], 0, 6, [row.request]), MIXED)
     assert part["page_id"].tolist() == [20, 21, 22, 23, 24, 25]
     assert spilled == [(1, 6, 26), (1, 7, 27), (1, 8, 28)]

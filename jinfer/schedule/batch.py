@@ -18,10 +18,12 @@ class BatchRow:
     count: int  # tokens of this step; 1 for a decode row
     from_slot: bool  # a decode row: its token is the slot's last, on device, maybe unknown to the host yet
     samples: bool  # the logits of its last token are sampled, which yields one token
-    # Pages appended to the slot's table in this step: table[new_page_start, new_page_start + len(new_pages)).
-    # For a newly admitted row new_page_start is 0 and the pages found in the prefix cache are among them.
+    # Pages appended to the slot's tables in this step, per page group: new_pages[g][i] goes to place
+    # new_page_start + i of group g's table, the null page where that group needs none. Empty if there are none.
+    # A newly admitted row brings its whole tables, the pages found in the prefix cache among them, from the first
+    # place on that any group needs: what a slot's last owner left before it lies outside every window.
     new_page_start: int
-    new_pages: Sequence[int]
+    new_pages: Sequence[Sequence[int]]
 
 
 @dataclass(slots=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from jinfer.cache.groups import PageGroup
 from jinfer.cache.pages import require
 from jinfer.cache.prefix import page_key, root_key
 from jinfer.request import RequestState
@@ -16,15 +17,19 @@ if TYPE_CHECKING:
 
 def check_scheduler(scheduler: Scheduler) -> None:
     """Raises IntegrityError naming the first thing that is wrong."""
-    scheduler.pool.check_integrity()
-    scheduler.running.sharing.cache.check_integrity()
     _check_whereabouts(scheduler)
-    _check_pages(scheduler)
-    for entry in scheduler.running.entries:
-        _check_registered(scheduler, entry)
-    if not scheduler.running.entries:
-        pool = scheduler.pool
-        require(pool.num_free + pool.num_cached == pool.num_total, "nothing runs, but pages are in use")
+    for place, group in enumerate(scheduler.groups):
+        group.pool.check_integrity()
+        group.cache.check_integrity()
+        _check_pages(scheduler, place, group)
+        for entry in scheduler.running.entries:
+            _check_registered(entry, place, group)
+        if not scheduler.running.entries:
+            pool = group.pool
+            require(pool.num_free + pool.num_cached == pool.num_total, "nothing runs, but pages are in use")
+    size = scheduler.page_size
+    slack = sum(e.page_end * size - e.request.num_computed for e in scheduler.running.entries)
+    require(scheduler.running.slack == slack, "the unused token places are miscounted")
 
 
 def _check_whereabouts(scheduler: Scheduler) -> None:
@@ -44,7 +49,7 @@ def _check_whereabouts(scheduler: Scheduler) -> None:
     for entry in queued + parked:
         request = entry.request
         require(request.state is RequestState.WAITING, f"{request.request_id} waits in another state")
-        require(not entry.pages and not entry.reserved, f"{request.request_id} waits and holds pages")
+        require(not entry.held, f"{request.request_id} waits and holds pages")
         require(
             request.slot == -1 and request.num_computed == 0, f"{request.request_id} waits and holds a slot"
         )
@@ -52,25 +57,33 @@ def _check_whereabouts(scheduler: Scheduler) -> None:
     require(slots == list(range(scheduler.max_num_seqs)), "a slot is lost or has two owners")
 
 
-def _check_pages(scheduler: Scheduler) -> None:
+def _check_pages(scheduler: Scheduler, place: int, group: PageGroup) -> None:
     """Refcounts equal owners; a page with several is a full one at the same place in each; the sums are
     right."""
-    pool, size = scheduler.pool, scheduler.page_size
+    pool, size = group.pool, group.page_size
     owners: Counter[int] = Counter()
     index_of: dict[int, int] = {}
+    total_held = total_reserved = 0
     for entry in scheduler.running.entries:
-        owners.update(entry.pages)
-        computed = entry.request.num_computed
+        held, computed = entry.held[place], entry.request.num_computed
+        total_held += len(held)
+        total_reserved += held.reserved
+        require(len(held.pages) == entry.page_end, "an entry's tables do not end together")
         require(
-            computed <= len(entry.pages) * size < computed + size, "an entry holds too few or too many pages"
+            computed <= entry.page_end * size < computed + size, "an entry holds too few or too many pages"
         )
         known = entry.request.num_known_tokens
         require(entry.prefill_end <= known, "a prompt chunk would have unknown tokens")
-        for index, page in enumerate(entry.pages):
+        require(not any(held.pages[: held.first]), "a page that no window reaches is held")
+        require(held.first <= group.first_page(computed), "a page that the window reaches was given back")
+        if group.window is not None and computed > entry.prefill_end:
+            require(len(held) <= group.decode_pages(computed), "an entry keeps more than its window needs")
+        for index, page in enumerate(held.pages[held.first :], held.first):
             require(
                 index_of.setdefault(page, index) == index,
                 f"page {page} is in two places of its owners' tables",
             )
+            owners[page] += 1
             require(
                 pool.refcount(page) <= 1 or (index + 1) * size <= computed, f"shared page {page} is not full"
             )
@@ -78,20 +91,19 @@ def _check_pages(scheduler: Scheduler) -> None:
         require(
             pool.refcount(page) == owners[page], f"page {page} has {owners[page]} owners, refcount differs"
         )
-    reserved = sum(e.reserved for e in scheduler.running.entries)
-    require(scheduler.running.reserved == reserved, "the reserved pages are miscounted")
-    require(reserved <= pool.num_available, "more pages are promised than there are")
-    slack = sum(len(e.pages) * size - e.request.num_computed for e in scheduler.running.entries)
-    require(scheduler.running.slack == slack, "the unused token places are miscounted")
+    require(group.reserved == total_reserved, "the reserved pages are miscounted")
+    require(group.held == total_held, "the pages held are miscounted")
+    require(group.num_unclaimed >= 0, "more pages are promised than there are")
 
 
-def _check_registered(scheduler: Scheduler, entry: Entry) -> None:
+def _check_registered(entry: Entry, place: int, group: PageGroup) -> None:
     """A findable page of this entry has the key of the entry's tokens, hashed anew from the first one."""
-    request, size = entry.request, scheduler.page_size
+    request, size = entry.request, group.page_size
     key = root_key(request.cache_salt)
     full = min(request.num_computed, request.num_known_tokens) // size
-    for index, page in enumerate(entry.pages):
-        found = scheduler.running.sharing.cache.key_of(page)
+    held = entry.held[place]
+    for index, page in enumerate(held.pages):
+        found = group.cache.key_of(page) if index >= held.first else None
         if index < full:
             key = page_key(key, request.token_slice(index * size, (index + 1) * size))
             require(found in (None, key), f"page {page} is findable under another sequence's key")

@@ -19,6 +19,9 @@ at once:
 - A page that an end token fills holds that token's KV if its row is dispatched: it becomes findable, rightly.
   The token sampled in vain behind it is never known, so no page with a place for it becomes findable.
 
+- A page that lies before a sequence's window is given back when the row is planned whose tokens do not see it. The
+  rows before that one, which may see it, run before it, and so before anything that its next owner writes.
+
 A page becomes findable for the steps after the one that fills it, not for rows of the same step: within a
 step an attention kernel may read and write pages in any order.
 
@@ -32,6 +35,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from jinfer.cache.groups import GroupSize, capacity_tokens
 from jinfer.errors import ConfigError, QueueFullError, RequestError
 from jinfer.request import FinishReason, Request, RequestState
 from jinfer.schedule.batch import Batch, BatchRow
@@ -43,7 +47,9 @@ from jinfer.schedule.running import RunningSet
 
 
 class Scheduler:
-    """Owns every request from `add` until its end, the slots [0, max_num_seqs) and the pages [1, num_pages).
+    """Owns every request from `add` until its end, the slots [0, max_num_seqs) and every page group's pages.
+
+    groups: one per kind of layers, see `jinfer.cache.groups`.
 
     The request's fields `state`, `slot`, `num_computed`, `num_in_flight`, `num_cached`, `num_preemptions`,
     `output_token_ids`, `finish_reason`, `stop_reason` and its times are written here and nowhere else.
@@ -53,14 +59,14 @@ class Scheduler:
     other request.
 
     Counters: prefix_queries and prefix_hits (prompt tokens looked up and found, once per request),
-    preemptions, allocated_tokens and used_tokens (summed over steps: room in the pages in use, and how much
-    of it holds KV).
+    preemptions, allocated_tokens and used_tokens (summed over steps and layers: room in the pages in use, and how
+    much of it holds KV).
     """
 
     def __init__(
         self,
         *,
-        num_pages: int,
+        groups: Sequence[GroupSize],
         page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -82,9 +88,16 @@ class Scheduler:
         self.max_num_waiting = max_num_waiting
         self.policy = check_policy(policy)
         self.running = RunningSet(
-            num_pages, page_size, max_num_seqs, only_forks_share=not enable_prefix_caching
+            groups,
+            page_size,
+            max_num_seqs,
+            chunk=max_num_batched_tokens,
+            only_forks_share=not enable_prefix_caching,
         )
-        self.pool = self.running.pool
+        self.groups = self.running.groups
+        # Tokens whose KV one sequence alone can have.
+        pool_tokens = capacity_tokens(self.groups)
+        self._pool_tokens = max_model_len if pool_tokens is None else pool_tokens
 
         self.entries: dict[Request, Entry] = {}  # every unfinished request
         self._by_id: dict[str, list[Entry]] = {}
@@ -116,13 +129,13 @@ class Scheduler:
 
     @property
     def kv_usage(self) -> float:
-        """Share of the pages that sequences use now; cached pages nobody uses count as free."""
-        return self.pool.num_used / self.pool.num_total
+        """Share of the fullest group's pages that sequences use now; cached pages nobody uses count as free."""
+        return max(group.pool.num_used / group.pool.num_total for group in self.groups)
 
     @property
     def capacity_tokens(self) -> int:
         """The most tokens, prompt and output, one request can have here (the last one's KV is not needed)."""
-        return min(self.max_model_len, self.pool.num_total * self.page_size + 1)
+        return min(self.max_model_len, self._pool_tokens + 1)
 
     def has(self, request_id: str) -> bool:
         """Whether an unfinished request has this id."""
@@ -142,7 +155,7 @@ class Scheduler:
         """Queues a request. RequestError: it can never run here. QueueFullError: not now."""
         if request in self.entries or request.state is not RequestState.WAITING:
             raise RequestError(f"request {request.request_id!r} was added before: make a new Request")
-        limit = token_limit(request, self.max_model_len, self.pool.num_total * self.page_size)
+        limit = token_limit(request, self.max_model_len, self._pool_tokens)
         if self.num_waiting >= self.max_num_waiting:
             raise QueueFullError(
                 f"{self.num_waiting} requests are waiting, max_num_waiting is {self.max_num_waiting}: try "
@@ -208,9 +221,10 @@ class Scheduler:
             self.running.sharing.register(entry)
             if entry.forks and self._prompt_is_computed(entry):
                 self._release_forks(entry)
-        in_use = self.pool.num_used * self.page_size
-        self.allocated_tokens += in_use
-        self.used_tokens += in_use - self.running.slack
+        for group in self.groups:
+            in_use = group.pool.num_used * self.page_size
+            self.allocated_tokens += group.num_layers * in_use
+            self.used_tokens += group.num_layers * (in_use - self.running.slack)
         step = self._next_step
         self._next_step += 1
         return Batch(step, rows, num_decode_rows, self.max_num_batched_tokens - budget, admitted)
@@ -229,12 +243,14 @@ class Scheduler:
             if start < entry.prefill_end or not entry.to_sample:
                 index += 1
                 continue
-            num_pages = len(entry.pages)
-            new_pages: Sequence[int] = ()
-            if start == num_pages * page_size:
-                if not self._make_room(entry):
-                    break  # it was the last of `running`, and is no longer in it
-                new_pages = self.running.grow(entry)
+            num_pages = entry.page_end
+            new_pages: Sequence[Sequence[int]] = ()
+            if start >= entry.turn_at:
+                self.running.slide(entry, start)
+                if start == num_pages * page_size:
+                    if not self._make_room(entry):
+                        break  # it was the last of `running`, and is no longer in it
+                    new_pages = self.running.grow(entry)
             rows.append(BatchRow(request, request.slot, start, 1, True, True, num_pages, new_pages))
             start += 1
             request.num_computed = start
@@ -254,7 +270,7 @@ class Scheduler:
                 break
             start = entry.request.num_computed
             if start < entry.prefill_end:
-                budget -= self._chunk(entry, start, budget, len(entry.pages), rows)
+                budget -= self._chunk(entry, start, budget, entry.page_end, rows)
                 filled.append(entry)
         return budget
 
@@ -272,7 +288,8 @@ class Scheduler:
             request = entry.request
             self._note_admission(request)
             admitted.append(request)
-            budget -= self._chunk(entry, request.num_computed, budget, 0, rows)
+            table_start = min(held.first for held in entry.held)
+            budget -= self._chunk(entry, request.num_computed, budget, table_start, rows)
             filled.append(entry)
         return budget
 
@@ -281,10 +298,12 @@ class Scheduler:
         request = entry.request
         count = min(budget, entry.prefill_end - start)
         end = start + count
-        self.running.take_promised(entry, end)
+        self.running.take_promised(entry, start, end)
         self.running.slack -= count
         samples = end == entry.prefill_end
-        new_pages = entry.pages[new_page_start:]
+        new_pages: Sequence[Sequence[int]] = ()
+        if new_page_start < entry.page_end:
+            new_pages = [held.pages[new_page_start:] for held in entry.held]
         rows.append(BatchRow(request, request.slot, start, count, False, samples, new_page_start, new_pages))
         request.num_computed = end
         if samples:
@@ -302,9 +321,9 @@ class Scheduler:
                 self.prefix_hits += request.num_cached
 
     def _make_room(self, entry: Entry) -> bool:
-        """Sees to it that a page can be allocated, by preempting the last of `running` until one can. False:
-        that was `entry` itself."""
-        while self.running.num_unclaimed < 1:
+        """Sees to it that a page can be allocated in every group, by preempting the last of `running` until one can.
+        False: that was `entry` itself."""
+        while not self.running.has_room:
             victim = self.running.entries[-1]
             self._preempt(victim)
             if victim is entry:

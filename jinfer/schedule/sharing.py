@@ -1,9 +1,16 @@
-"""The prefix cache as the scheduler uses it: which of an entry's pages are cached, and which become so."""
+"""The prefix cache as the scheduler uses it: which of an entry's pages are cached, and which become so.
+
+A beginning of n pages is of use to a sequence if every group still has what the next token needs: a full group all n
+pages, a windowed group those that reach into the window before position n * page_size. The key of a page is the same in
+all groups, and each group finds its own page by it.
+"""
 
 from __future__ import annotations
 
-from jinfer.cache.pages import PagePool
-from jinfer.cache.prefix import PrefixCache, page_key, root_key
+from collections.abc import Sequence
+
+from jinfer.cache.groups import PageGroup
+from jinfer.cache.prefix import page_key, root_key
 from jinfer.request import Request
 from jinfer.schedule.entry import NEVER, Entry
 
@@ -11,8 +18,10 @@ from jinfer.schedule.entry import NEVER, Entry
 class PageSharing:
     """Hashes an entry's pages, each at most once, and only when it is looked up or has filled."""
 
-    def __init__(self, pool: PagePool, page_size: int, only_forks: bool) -> None:
-        self.cache = PrefixCache(pool)
+    def __init__(self, groups: Sequence[PageGroup], page_size: int, only_forks: bool) -> None:
+        self._full = [group for group in groups if group.window is None]
+        self._windowed = [group for group in groups if group.window is not None]
+        self._groups = groups
         self._page_size = page_size
         self._only_forks = only_forks
 
@@ -23,19 +32,50 @@ class PageSharing:
             return request.cacheable
         return request.cacheable and not self._only_forks and request.params.prompt_logprobs is None
 
-    def find(self, entry: Entry, num_tokens: int) -> list[int]:
-        """Cached pages of the longest beginning of the entry's first `num_tokens` tokens, which are known.
+    def find(self, entry: Entry, num_tokens: int) -> int:
+        """Pages of the longest usable beginning of the entry's first `num_tokens` tokens, which are known.
 
-        At least the last token is left to compute: its logits are needed. The caller retains the pages.
+        At least the last token is left to compute: its logits are needed.
         """
+        if not self.looks_up(entry.request):
+            return 0
+        most = (num_tokens - 1) // self._page_size
+        for group in self._full:
+            most = self._run_from_start(entry, group, most)
+        # What one windowed group shortens, the others must look at again: they then need earlier pages.
+        settled = 0
+        while most and settled < len(self._windowed):
+            settled = 0
+            for group in self._windowed:
+                found = self._run_to_end(entry, group, most)
+                settled += found == most
+                most = found
+        return most
+
+    def pages(self, entry: Entry, group: PageGroup, first: int, count: int) -> list[int]:
+        """The cached pages [first, count) of a beginning that `find` found. The caller retains them."""
         pages: list[int] = []
-        if self.looks_up(entry.request):
-            for index in range((num_tokens - 1) // self._page_size):
-                page = self.cache.find(self._key(entry, index))
-                if page is None:
-                    break
-                pages.append(page)
+        for index in range(first, count):
+            page = group.cache.find(self._key(entry, index))
+            assert page is not None
+            pages.append(page)
         return pages
+
+    def _run_from_start(self, entry: Entry, group: PageGroup, most: int) -> int:
+        """The first of the pages [0, most) that the group does not have."""
+        for index in range(most):
+            if group.cache.find(self._key(entry, index)) is None:
+                return index
+        return most
+
+    def _run_to_end(self, entry: Entry, group: PageGroup, most: int) -> int:
+        """The longest beginning of at most `most` pages whose last window the group has."""
+        end = index = most
+        while index > group.first_page(end * self._page_size):
+            index -= 1
+            if group.cache.find(self._key(entry, index)) is None:
+                end = index
+        return end
 
     def start_registering(self, entry: Entry, num_found: int) -> None:
         """Pages behind the first `num_found` become findable as they fill, if the request allows it."""
@@ -47,7 +87,11 @@ class PageSharing:
         ready = min(request.num_computed, request.num_known_tokens)
         while ready >= entry.register_at:
             index = entry.register_at // self._page_size - 1
-            self.cache.insert(self._key(entry, index), entry.pages[index])
+            key = self._key(entry, index)
+            for group, held in zip(self._groups, entry.held):
+                # A short window may have let go of a page before its tokens are known.
+                if index >= held.first:
+                    group.cache.insert(key, held.pages[index])
             entry.register_at += self._page_size
 
     def _key(self, entry: Entry, index: int) -> bytes:

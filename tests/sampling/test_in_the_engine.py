@@ -128,7 +128,7 @@ def test_forks_share_the_pages_of_their_prompt(tiny_llama, caching):
         for delta in engine.step():
             cached[delta.index] = delta.num_cached_tokens
         if engine.stats().num_running == 4:
-            most = max(most, engine.scheduler.pool.num_used)
+            most = max(most, engine.scheduler.groups[0].pool.num_used)
             engine.check_integrity()
     assert cached == {0: 0, 1: 40, 2: 40, 3: 40}
     assert 5 + 4 <= most <= 5 + 4 * 2

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from jinfer.cache.groups import GroupSize
 from jinfer.request import Request
 from jinfer.sampling.params import SamplingParams
 from jinfer.schedule.scheduler import Scheduler
@@ -11,9 +12,11 @@ from jinfer.schedule.scheduler import Scheduler
 
 @pytest.fixture
 def make_scheduler():
-    def make(**changes):
+    """`groups`: page groups; or `num_pages` of one group without a window."""
+
+    def make(num_pages=65, **changes):
         settings: dict[str, Any] = {
-            "num_pages": 65,
+            "groups": [GroupSize(num_pages)],
             "page_size": 4,
             "max_num_seqs": 4,
             "max_num_batched_tokens": 16,

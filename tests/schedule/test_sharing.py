@@ -29,7 +29,7 @@ def test_the_last_token_is_always_computed(make_scheduler, make_request, step, f
     run_one(s, make_request(range(8), max_tokens=1), finish_all)
     s.add(make_request(range(8), max_tokens=1))
     row = step(s).rows[0]
-    assert (row.start, row.count, row.new_page_start, len(row.new_pages)) == (4, 4, 0, 2)
+    assert (row.start, row.count, row.new_page_start, len(row.new_pages[0])) == (4, 4, 0, 2)
 
 
 def test_a_conversation_finds_its_own_output(make_scheduler, make_request, finish_all):
@@ -65,11 +65,11 @@ def test_pages_are_shared_while_in_use(make_scheduler, make_request, step):
     (first,) = step(s).rows
     s.add(make_request(PROMPT))
     second = step(s).rows[1]
-    assert list(second.new_pages[:3]) == list(first.new_pages[:3])
-    assert s.pool.num_used == 5
+    assert second.new_pages[0][:3] == first.new_pages[0][:3]
+    assert s.groups[0].pool.num_used == 5
     s.abort("r1")
     s.check_integrity()
-    assert s.pool.num_used == 4
+    assert s.groups[0].pool.num_used == 4
 
 
 def test_rows_of_the_step_that_fills_a_page_do_not_find_it(make_scheduler, make_request, step):
@@ -78,7 +78,7 @@ def test_rows_of_the_step_that_fills_a_page_do_not_find_it(make_scheduler, make_
     s.add(make_request(PROMPT))
     first, second = step(s).rows
     assert second.start == 0
-    assert not set(first.new_pages) & set(second.new_pages)
+    assert not set(first.new_pages[0]) & set(second.new_pages[0])
 
 
 def test_a_newcomer_does_not_find_the_page_that_a_running_prompt_fills_in_the_same_step(
@@ -102,7 +102,7 @@ def test_other_salts_and_uncacheable_requests_find_nothing(make_scheduler, make_
 def test_an_uncacheable_request_leaves_nothing(make_scheduler, make_request, finish_all):
     s = make_scheduler()
     run_one(s, make_request(PROMPT, cacheable=False), finish_all)
-    assert s.pool.num_cached == 0
+    assert s.groups[0].pool.num_cached == 0
     assert run_one(s, make_request(PROMPT), finish_all) == 0
 
 
@@ -120,7 +120,7 @@ def test_the_least_recently_used_prompt_is_evicted_from_its_end(make_scheduler, 
     old, new = range(100, 112), range(200, 212)
     run_one(s, make_request(old, max_tokens=1), finish_all)
     run_one(s, make_request(new, max_tokens=1), finish_all)
-    assert (s.pool.num_cached, s.pool.num_free) == (6, 2)
+    assert (s.groups[0].pool.num_cached, s.groups[0].pool.num_free) == (6, 2)
     run_one(s, make_request(12, max_tokens=1, cacheable=False), finish_all)
     assert run_one(s, make_request(old, max_tokens=1, cacheable=True), finish_all) == 8
     assert run_one(s, make_request(new, max_tokens=1), finish_all) == 8
@@ -195,7 +195,7 @@ def test_forks_wait_for_their_leaders_prompt_and_share_it(make_scheduler, make_r
         (2, 12, 2),
     ]
     assert [r.num_cached for r in members] == [0, 12, 12]
-    assert s.pool.num_used == 3 + 3
+    assert s.groups[0].pool.num_used == 3 + 3
 
 
 def test_without_prefix_caching_only_forks_look_up(make_scheduler, make_request, finish_all):

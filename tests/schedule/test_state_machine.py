@@ -4,6 +4,8 @@ The device runs the steps in their order: it keeps what a runner keeps on device
 slot) and an array of pages. What it writes for a token is a hash of all tokens before it, read through the page table:
 what real KV is a function of. The next token is a hash of that. So a page given away too early, shared wrongly, or
 named wrongly changes a context; and each request's output must be what its prompt alone determines, whatever the plan.
+
+Layers form page groups, some with a window: the device reads in each group the keys that its layers see, and no others.
 """
 
 from zlib import crc32
@@ -13,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jinfer.cache.groups import GroupSize
 from jinfer.errors import QueueFullError, RequestError
 from jinfer.request import FinishReason, Request, RequestState
 from jinfer.sampling.params import SamplingParams
@@ -40,6 +43,7 @@ class Naive:
         self.kv = []  # of its present life, as far as dispatched
         self.prompt_is_computed = False  # by some step, in whatever life
         self.decodes = False  # its newest token was sampled in its present life, so it is in its slot
+        self.decoded = False  # the last step gave it a decode row
         self.version = 0  # of the weights its last step ran with
         self.saw_update = False  # ran while the weights changed: its output is a mixture
         self.was_cut = False  # ended from outside
@@ -68,36 +72,53 @@ class Naive:
 
 
 class Device:
-    """Pages, page tables and last tokens, as a runner has them on device. Stale contents are never cleared."""
+    """Pages and page tables per group, and last tokens, as a runner has them. Stale contents are never cleared."""
 
-    def __init__(self, num_pages, page_size, num_slots):
+    def __init__(self, sizes, page_size, num_slots):
         self.page_size = page_size
-        self.pages = [[0] * page_size for _ in range(num_pages)]
-        self.tables = [[] for _ in range(num_slots)]
+        self.windows = [size.window for size in sizes]
+        self.pages = [[[0] * page_size for _ in range(size.num_pages)] for size in sizes]
+        self.tables = [[[] for _ in range(num_slots)] for _ in sizes]
         self.last_token = [-1] * num_slots
         self.version = 0
 
-    def read(self, table, stop):
-        return [self.pages[table[p // self.page_size]][p % self.page_size] for p in range(stop)]
+    def update_tables(self, row, is_new):
+        """Takes the row's new pages, and returns its tables, which all end with the page of its last token."""
+        count = -(-(row.start + row.count) // self.page_size) - row.new_page_start
+        if not row.new_pages:
+            assert count == 0, "a page too few"
+        for tables, pages in zip(self.tables, row.new_pages or [[]] * len(self.windows), strict=True):
+            assert len(pages) == count, "a page too few or too many"
+            table = tables[row.slot]
+            if is_new:  # what its last owner left before this lies there still, and must not be read
+                table[:] = [-1] * row.new_page_start
+            table[row.new_page_start :] = pages
+        return [tables[row.slot] for tables in self.tables]
+
+    def read(self, group, table, row):
+        """What the row's first token sees in a group, itself not included."""
+        window = self.windows[group]
+        first = 0 if window is None else max(0, row.start - window + 1)
+        places = [(table[p // self.page_size], p % self.page_size) for p in range(first, row.start)]
+        assert all(page > 0 for page, _ in places), "a page that is still seen was given back"
+        return [self.pages[group][page][offset] for page, offset in places], first
 
     def run(self, batch, naives):
         """One step. Rows read what earlier steps wrote and what they write themselves, in any order."""
         writes, sampled = {}, []
         for row in batch.rows:
-            naive, table = naives[row.request], self.tables[row.slot]
-            if row.request in batch.admitted:
-                assert row.new_page_start == 0
+            naive = naives[row.request]
+            is_new = row.request in batch.admitted
+            if is_new:
                 naive.kv = naive.chain(0, row.start, self.version)
                 naive.decodes = False
             else:
                 assert row.new_page_start * self.page_size >= row.start, "a page that is written changes"
-            table[row.new_page_start :] = row.new_pages
-            assert 0 not in table
             end = row.start + row.count
-            assert (end - 1) // self.page_size == len(table) - 1, "a page too few or too many"
-            assert self.read(table, row.start) == naive.kv[: row.start], (
-                "the context is not the request's own"
-            )
+            tables = self.update_tables(row, is_new)
+            for group, table in enumerate(tables):
+                seen, first = self.read(group, table, row)
+                assert seen == naive.kv[first : row.start], "the context is not the request's own"
             if row.from_slot:
                 assert naive.decodes
                 assert row.count == 1
@@ -106,14 +127,17 @@ class Device:
                 chunk = row.request.token_slice(row.start, end)
                 assert chunk == naive.tokens[row.start : end]
                 assert len(chunk) == row.count
+            naive.decoded = row.from_slot
             naive.version = self.version
             naive.prompt_is_computed |= end >= row.request.num_prompt_tokens
             values = naive.chain(row.start, end, self.version)
             naive.kv = naive.kv[: row.start] + values
-            for position, value in enumerate(values, row.start):
-                place = (table[position // self.page_size], position % self.page_size)
-                assert place not in writes, "two rows write the same place"
-                writes[place] = value
+            for group, table in enumerate(tables):
+                for position, value in enumerate(values, row.start):
+                    place = (group, table[position // self.page_size], position % self.page_size)
+                    assert place not in writes, "two rows write the same place"
+                    assert place[1] > 0
+                    writes[place] = value
             token = -1  # a row that samples nothing returns anything
             if row.samples:
                 assert end == len(naive.tokens)
@@ -121,9 +145,14 @@ class Device:
                 token = self.last_token[row.slot] = next_token(values[-1], row.request.index)
                 naive.tokens.append(token)
             sampled.append(token)
-        for (page, offset), value in writes.items():
-            self.pages[page][offset] = value
+        for (group, page, offset), value in writes.items():
+            self.pages[group][page][offset] = value
         return sampled
+
+
+# Which page groups there are: None sees everything, a number is a window.
+FULL, SHORT, LONG = st.none(), st.integers(1, 5), st.integers(6, 40)
+KINDS = [[FULL], [FULL, SHORT], [FULL, LONG], [SHORT], [FULL, SHORT, LONG], [SHORT, LONG]]
 
 
 prompts = st.builds(
@@ -136,7 +165,9 @@ prompts = st.builds(
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        pool_tokens=st.integers(8, 60),
+        kinds=st.sampled_from(KINDS).flatmap(
+            lambda kinds: st.tuples(*(st.tuples(kind, st.integers(8, 60)) for kind in kinds))
+        ),
         page_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(0, 9),
@@ -144,13 +175,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, False]),
         depth=st.sampled_from([1, 2, 2, 3]),
     )
-    def start(self, pool_tokens, page_size, max_num_seqs, budget, policy, caching, depth):
+    def start(self, kinds, page_size, max_num_seqs, budget, policy, caching, depth):
         self.caching, self.policy, self.depth = caching, policy, depth
         self.budget = max_num_seqs + budget
         self.model_len = 30
-        num_pages = 1 + -(-pool_tokens // page_size)
+        self.page_size = page_size
+        sizes = [GroupSize(1 + -(-tokens // page_size), window) for window, tokens in kinds]
         self.scheduler = Scheduler(
-            num_pages=num_pages,
+            groups=sizes,
             page_size=page_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self.budget,
@@ -159,8 +191,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             policy=policy,
         )
-        self.device = Device(num_pages, page_size, max_num_seqs)
-        self.room = (num_pages - 1) * page_size + 1
+        self.device = Device(sizes, page_size, max_num_seqs)
+        # A window needs the pages of one chunk and of what its first token sees, wherever these begin.
+        rooms = [
+            (size.num_pages - 1) * page_size + 1
+            for size in sizes
+            if size.window is None or self.most_pages(size.window, self.budget) > size.num_pages - 1
+        ]
+        self.room = min(rooms, default=self.model_len)
         self.naives = {}
         self.in_flight = []
         self.groups = 0
@@ -272,6 +310,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # ---- what must hold
 
+    def most_pages(self, window, chunk):
+        """Pages that `chunk` tokens and the window before them touch, by trying every place in a page."""
+        size, span = self.page_size, window - 1 + chunk
+        return max((at + span - 1) // size + 1 for at in range(size))
+
+    def first_page(self, window, start):
+        return 0 if window is None else max(0, start - window + 1) // self.page_size
+
     def unfinished(self):
         return [r for r in self.naives if not r.finished]
 
@@ -345,9 +391,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = [r for r in self.naives if r.state is RequestState.RUNNING]
         assert s.num_running == len(running)
         assert s.num_waiting == len(self.unfinished()) - len(running)
-        owned = {page for r in running for page in self.device.tables[r.slot]}
-        assert s.pool.num_used == len(owned), "what ended has not returned everything"
-        assert s.kv_usage == len(owned) / s.pool.num_total
+        for group, tables in zip(s.groups, self.device.tables, strict=True):
+            starts = [(tables[r.slot], r.num_computed) for r in running]
+            needed = {
+                page for table, start in starts for page in table[self.first_page(group.window, start) :]
+            }
+            assert len(needed) <= group.pool.num_used
+            if group.window is None:
+                assert group.pool.num_used == len(needed), "what ended has not returned everything"
+            else:
+                most = [
+                    self.most_pages(group.window, 1 if self.naives[r].decoded else self.budget)
+                    for r in running
+                ]
+                assert group.pool.num_used <= sum(most), "more is kept than the windows need"
+        assert s.kv_usage == max(group.pool.num_used / group.pool.num_total for group in s.groups)
         assert 0 <= s.used_tokens <= s.allocated_tokens
         assert 0 <= s.prefix_hits <= s.prefix_queries
 
