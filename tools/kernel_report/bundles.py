@@ -22,7 +22,8 @@ _BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s((?:>\
 _FETCH = re.compile(r"(?:\{|;;)\s*%\S+ = dma\.hbm_to_vmem .*?/\*size_in_granules=\*/(\d+|%)")
 _STORE = re.compile(r"(?:\{|;;)\s*%\S+ = dma\.vmem_to_hbm ")
 _WAIT = re.compile(r"(?:\{|;;)\s*%\S+ = dma\.done\.wait ")
-_MATMUL = re.compile(r"\bvmatmul\.")
+_MATMUL = re.compile(r"\bvmatmul\.\w+\.(\w+)\.")
+ROWS_PER_MATMUL = {"f32": 8, "bf16": 16}  # one register of rows streams through; 32 of the 8-bit types
 _CAPACITY = "== CAPA"  # the compiler's own spelling of the rest of the line varies
 
 
@@ -34,7 +35,8 @@ class Loop:
       start: address of its first bundle.
       bundles: issued per iteration, empty ones too.
       fetches, fetched_granules: copies from HBM started, and their granules where the compiler knew them.
-      stores, waits, matmuls: copies to HBM started, waits for copies, matrix instructions issued.
+      stores, waits: copies to HBM started, waits for copies.
+      matmul_rows: rows that matrix instructions stream through a matrix unit.
       units: slots used per unit of the core, as the compiler names them; spills and refills among them.
     """
 
@@ -45,7 +47,7 @@ class Loop:
     fetched_granules: int = 0
     stores: int = 0
     waits: int = 0
-    matmuls: int = 0
+    matmul_rows: int = 0
     units: dict[str, int] = field(default_factory=dict)
     inner: list[Loop] = field(default_factory=list)
 
@@ -61,8 +63,8 @@ class Loop:
         return sum(loop.bundles for loop in self.walk())
 
     @property
-    def total_matmuls(self) -> int:
-        return sum(loop.matmuls for loop in self.walk())
+    def total_matmul_rows(self) -> int:
+        return sum(loop.matmul_rows for loop in self.walk())
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def _count(loop: Loop, line: str, utilization: Utilization | None, index: int) -
         loop.fetched_granules += int(fetch[1]) if fetch[1] != "%" else 0
     loop.stores += len(_STORE.findall(line))
     loop.waits += len(_WAIT.findall(line))
-    loop.matmuls += len(_MATMUL.findall(line))
+    for dtype in _MATMUL.findall(line):
+        loop.matmul_rows += ROWS_PER_MATMUL.get(dtype, 32)
     if utilization is not None and index < len(utilization.used):
         for unit, used in zip(utilization.capacity, utilization.used[index]):
             loop.units[unit] = loop.units.get(unit, 0) + used
@@ -171,11 +174,11 @@ def _escaped(text: str) -> str:
 
 
 def hot_loop(root: Loop) -> Loop:
-    """The loop over KV blocks: the innermost one that issues the most matrix instructions.
+    """The loop over KV blocks: the innermost one that streams the most rows through the matrix units.
 
     A kernel may hold several (for full and for masked blocks, for decode and for mixed steps); the busiest wins.
     """
     loops = [loop for loop in root.walk() if loop.depth]
     if not loops:
         raise ValueError("the kernel has no loop")
-    return max(loops, key=lambda loop: (loop.matmuls, loop.depth, loop.bundles))
+    return max(loops, key=lambda loop: (loop.matmul_rows, loop.depth, loop.bundles))

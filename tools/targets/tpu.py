@@ -17,7 +17,7 @@ class TPUTarget:
       clock_hz: of the core: peak bf16 rate over the multiply-adds its matrix units hold.
       bytes_per_second: HBM bandwidth, shared out evenly where cores share a chip.
       flops_per_second: dense bf16.
-      mxu_size: rows and columns of one matrix unit.
+      mxu_size, mxus: rows and columns of one matrix unit, and how many there are.
       max_devices: in `topology`.
     """
 
@@ -28,6 +28,7 @@ class TPUTarget:
     bytes_per_second: float
     flops_per_second: float
     mxu_size: int
+    mxus: int
     max_devices: int
 
     kind = "tpu"
@@ -68,10 +69,10 @@ class TPUTarget:
 
 
 TPU_TARGETS = (
-    TPUTarget("v5e", "v5e:2x2", "v5litepod-4", 1.5e9, 0.82e12, 197e12, 128, 4),
+    TPUTarget("v5e", "v5e:2x2", "v5litepod-4", 1.5e9, 0.82e12, 197e12, 128, 4, 4),
     # Two cores share a chip and its memory.
-    TPUTarget("v5p", "v5p:2x2x1", "v5p-8", 1.75e9, 2.765e12 / 2, 459e12 / 2, 128, 4),
-    TPUTarget("v6e", "v6e:2x2", "v6e-4", 1.75e9, 1.64e12, 918e12, 256, 4),
+    TPUTarget("v5p", "v5p:2x2x1", "v5p-8", 1.75e9, 2.765e12 / 2, 459e12 / 2, 128, 4, 4),
+    TPUTarget("v6e", "v6e:2x2", "v6e-4", 1.75e9, 1.64e12, 918e12, 256, 2, 4),
     # Two cores share a chip, and each is a device of its own.
-    TPUTarget("tpu7x", "tpu7x:2x2x1", "tpu7x-8", 2.2e9, 7.38e12 / 2, 2307e12 / 2, 256, 8),
+    TPUTarget("tpu7x", "tpu7x:2x2x1", "tpu7x-8", 2.2e9, 7.38e12 / 2, 2307e12 / 2, 256, 2, 8),
 )

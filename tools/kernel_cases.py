@@ -1,0 +1,272 @@
+"""The kernels of `pallas_kernels` at the shapes of real models: one list for compiling, costing and timing them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
+PAGE_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One layer's attention as a model's config.json describes it, or one device's share of it."""
+
+    model: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def share(self, devices: int) -> Heads:
+        """What one device has when heads are split `devices` ways."""
+        if self.heads % devices or self.kv_heads % devices:
+            raise ValueError(f"{self.model}: {self.heads} and {self.kv_heads} heads do not divide by {devices}")
+        name = f"{self.model} / {devices}"
+        return replace(self, model=name, heads=self.heads // devices, kv_heads=self.kv_heads // devices)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape.
+
+    Attributes:
+      op: `paged_attention` or `flash_attention`.
+      phase: `decode` (one query per row), `mixed` (decode rows beside prompt chunks) or `prefill` (whole sequences).
+      implementation: a name of the op's registry, or `jax`: jax's own kernel for the same work.
+      rows, context: sequences and the tokens that each of them can have.
+      tokens: of the flat axis of a mixed step.
+      kv_dtype: of the kept keys and values.
+    """
+
+    op: str
+    phase: str
+    heads: Heads
+    implementation: str
+    rows: int = 64
+    context: int = 2048
+    tokens: int = 512
+    page_size: int = PAGE_SIZE
+    kv_dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        kv = "" if self.kv_dtype == "bfloat16" else f", {self.kv_dtype} KV"
+        return f"{self.op} {self.phase}, {self.heads.model}{kv}"
+
+    def as_request(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "heads"}
+        return fields | {"heads": {name: getattr(self.heads, name) for name in Heads.__dataclass_fields__}}
+
+    @classmethod
+    def from_request(cls, request: dict[str, Any]) -> Case:
+        return cls(**{**request, "heads": Heads(**request["heads"])})
+
+
+def read_heads(model: str) -> Heads:
+    """From `configs/models/{model}/config.json`; a window only where the model uses it."""
+    config = json.loads((MODELS / model / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    return Heads(
+        model=model,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        soft_cap=config.get("attn_logit_softcapping"),
+    )
+
+
+def models() -> list[str]:
+    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+
+
+def build(case: Case, devices: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """A jitted function and the shapes of its arguments, placed on the first of the devices.
+
+    The kernel runs under `shard_map` over a mesh of that one device: so its lowering learns which chip it is for.
+    """
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    function, arguments, donated = BUILDERS[case.op, case.implementation == "jax"](case)
+    mesh = Mesh(np.array(devices[:1]), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, is_leaf=_is_shape
+    )
+    whole = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(),) * len(arguments),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return jax.jit(whole, donate_argnums=donated), placed
+
+
+def lower(case: Case, devices: list[Any]) -> Any:
+    """The case's program, lowered for a device that need not be there."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    function, arguments = build(case, devices)
+    # Mosaic GPU reads the number of cores from the abstract mesh.
+    with jax.sharding.use_abstract_mesh(Mesh(np.array(devices[:1]), ("device",)).abstract_mesh):
+        return function.lower(*arguments)
+
+
+def _is_shape(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _shape(*sizes: int, dtype: str = "bfloat16") -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
+
+
+def batch_shapes(case: Case) -> Any:
+    """A `RaggedBatch` of shapes."""
+    from pallas_kernels.paged_attention import RaggedBatch
+
+    pages = -(-case.context // case.page_size)
+    return RaggedBatch(
+        query_starts=_shape(case.rows + 1, dtype="int32"),
+        context_lens=_shape(case.rows, dtype="int32"),
+        page_table=_shape(case.rows, pages, dtype="int32"),
+        num_decode_rows=_shape(dtype="int32"),
+        num_rows=_shape(dtype="int32"),
+        decode_only=case.phase == "decode",
+    )
+
+
+def num_tokens(case: Case) -> int:
+    return case.rows if case.phase == "decode" else case.tokens
+
+
+def _paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
+    from pallas_kernels import paged_attention as pa
+
+    shape, tokens, name = case.heads, num_tokens(case), case.implementation
+    pages = case.rows * -(-case.context // case.page_size) + 1
+    pool = pa.kv_shape(pages, case.page_size, shape.kv_heads, shape.head_dim, case.kv_dtype, implementation=name)
+
+    def step(q, k, v, kv, batch, page_offset):
+        plan = pa.prepare(batch, kv, tokens, implementation=name)
+        kv = pa.write_kv(kv, k, v, plan, page_offset=page_offset)
+        options = {"scale": shape.head_dim**-0.5, "sliding_window": shape.window, "soft_cap": shape.soft_cap}
+        return pa.attend(q, kv, plan, page_offset=page_offset, **options), kv
+
+    new = _shape(tokens, shape.kv_heads, shape.head_dim)
+    q = _shape(tokens, shape.heads, shape.head_dim)
+    return step, [q, new, new, pool, batch_shapes(case), _shape(dtype="int32")], (3,)
+
+
+JAX_BLOCKS = {"decode": (1, 512), "mixed": (32, 512)}  # queries and KV tokens: the best of its own tuned sizes here
+
+
+def _jax_paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    shape, tokens = case.heads, num_tokens(case)
+    queries, block = JAX_BLOCKS[case.phase]
+    pages_per_row = -(-case.context // case.page_size)
+    pages = case.rows * pages_per_row + 1
+
+    def step(q, kv, context_lens, page_table, query_starts, num_rows):
+        return ragged_paged_attention(
+            q,
+            kv,
+            context_lens,
+            page_table,
+            query_starts,
+            num_rows,
+            sm_scale=shape.head_dim**-0.5,
+            sliding_window=shape.window,
+            soft_cap=shape.soft_cap,
+            num_queries_per_block=queries,
+            num_kv_pages_per_block=block // case.page_size,
+            vmem_limit_bytes=64 * 1024 * 1024,
+        )
+
+    arguments = [
+        _shape(tokens, shape.heads, shape.head_dim),
+        _shape(pages, case.page_size, 2 * shape.kv_heads, shape.head_dim, dtype=case.kv_dtype),
+        _shape(case.rows, dtype="int32"),
+        _shape(case.rows, pages_per_row, dtype="int32"),
+        _shape(case.rows + 1, dtype="int32"),
+        _shape(1, dtype="int32"),
+    ]
+    return step, arguments, ()
+
+
+def _flash(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
+    from pallas_kernels import flash_attention as fa
+
+    shape = case.heads
+
+    def score(q, k, v, lengths):
+        return fa.attend(
+            q,
+            k,
+            v,
+            scale=shape.head_dim**-0.5,
+            lengths=lengths,
+            sliding_window=shape.window,
+            soft_cap=shape.soft_cap,
+            implementation=case.implementation,
+        )
+
+    q = _shape(case.rows, case.context, shape.heads, shape.head_dim)
+    kv = _shape(case.rows, case.context, shape.kv_heads, shape.head_dim)
+    return score, [q, kv, kv, _shape(case.rows, dtype="int32")], ()
+
+
+def _jax_flash(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
+    """jax's splash attention: grouped heads, causal or windowed, with its mask skipped block by block."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    shape, length = case.heads, case.context
+    size = (length, length)
+    if shape.window is not None and shape.window < length:
+        mask = masks.LocalMask(size, (shape.window - 1, 0), 0)
+    else:
+        mask = masks.CausalMask(size)
+    splash = kernel.make_splash_mha(
+        masks.MultiHeadMask([mask] * shape.heads),
+        block_sizes=kernel.BlockSizes(block_q=512, block_kv=1024, block_kv_compute=512),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=shape.soft_cap,
+    )
+
+    def score(q, k, v):
+        import jax
+
+        return jax.vmap(splash)(q, k, v)
+
+    q = _shape(case.rows, shape.heads, length, shape.head_dim)
+    kv = _shape(case.rows, shape.kv_heads, length, shape.head_dim)
+    return score, [q, kv, kv], ()
+
+
+BUILDERS: dict[tuple[str, bool], Callable[[Case], tuple[Callable[..., Any], list[Any], tuple[int, ...]]]] = {
+    ("paged_attention", False): _paged,
+    ("paged_attention", True): _jax_paged,
+    ("flash_attention", False): _flash,
+    ("flash_attention", True): _jax_flash,
+}

@@ -1,0 +1,1 @@
+"""The static cost of kernels, from the compiler's own output."""

@@ -1,0 +1,32 @@
+"""The rows of the committed table."""
+
+from __future__ import annotations
+
+from tools.kernel_cases import Case, Heads, read_heads
+
+FLASH = {"rows": 1, "context": 8192}
+
+
+def shapes() -> list[Heads]:
+    """Llama-3-8B; one device's share of 70B split eight ways; Gemma-2, whose head size is 256."""
+    return [read_heads("llama-3-8b"), read_heads("llama-3-70b").share(8), read_heads("gemma-2-9b")]
+
+
+def default_cases(kind: str) -> list[Case]:
+    """For `tpu`, each of ours with jax's beside it; for `gpu`, ours."""
+    cases = []
+    for heads in shapes():
+        for phase in ("decode", "mixed"):
+            cases.append(Case("paged_attention", phase, heads, kind))
+    cases.append(Case("paged_attention", "decode", read_heads("llama-3-8b"), kind, kv_dtype="int8"))
+    for heads in (read_heads("llama-3-8b"), read_heads("gemma-2-9b"), read_heads("phi-3-mini")):
+        cases.append(Case("flash_attention", "prefill", heads, kind, **FLASH))
+    if kind == "gpu":
+        return cases
+    return [both for case in cases for both in (case, _jax_twin(case)) if both is not None]
+
+
+def _jax_twin(case: Case) -> Case | None:
+    if case.kv_dtype == "int8":  # jax's own takes one scale for the whole pool: not the same work
+        return None
+    return Case(**{**vars(case), "implementation": "jax"})

@@ -1,0 +1,88 @@
+"""From a kernel's bundles to what a block of keys and values costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tools.kernel_cases import Case
+from tools.kernel_report.bundles import GRANULE_BYTES, Loop, Utilization, hot_loop
+from tools.targets import TPUTarget
+
+SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One kernel's hot loop.
+
+    Attributes:
+      bundles: issued per pass: cycles, with every wait left out. Inner loops are passed once.
+      around: the loop around it, with one pass of this one.
+      tokens: KV tokens that a pass fetches; None where the text does not tell.
+      fetched_bytes: copied from HBM per pass.
+      fetch_cycles: what that takes at the chip's bandwidth.
+      pairs: products of a query head with a key that the matrix units are passed for, padding included.
+      mxu_share: of the matrix units' time that streaming those operands takes at peak rate, 0 to 1.
+      units: share of the slots of every other unit.
+      spills: refills and spills per bundle.
+    """
+
+    bundles: int
+    around: int
+    tokens: int | None
+    fetched_bytes: int
+    fetch_cycles: float
+    pairs: int
+    mxu_share: float
+    units: dict[str, float]
+    spills: float
+
+    @property
+    def over_fetch(self) -> float | None:
+        """Compute time over fetch time: below 1 the kernel is memory-bound."""
+        return self.bundles / self.fetch_cycles if self.fetch_cycles else None
+
+    def per_tokens(self, tokens: int) -> float | None:
+        """Bundles for that many KV tokens of one row."""
+        return self.bundles * tokens / self.tokens if self.tokens else None
+
+    def per_pairs(self, pairs: int) -> float | None:
+        """Bundles for that many (query head, key) pairs."""
+        return self.bundles * pairs / self.pairs if self.pairs else None
+
+
+def cost_of(root: Loop, utilization: Utilization, case: Case, target: TPUTarget) -> Cost:
+    hot = hot_loop(root)
+    outer = _parent(root, hot)
+    fetched = sum(loop.fetched_granules for loop in hot.walk()) * GRANULE_BYTES
+    bundles = hot.total_bundles
+    rows = hot.total_matmul_rows
+    used = {
+        unit: sum(loop.units.get(unit, 0) for loop in hot.walk()) / (slots * bundles)
+        for unit, slots in utilization.capacity.items()
+    }
+    # A row streams once through a tile for q k^T and once for p v; each tile is mxu_size keys wide and as many
+    # numbers of the head deep.
+    passes = 2 * -(-case.heads.head_dim // target.mxu_size)
+    rows_per_cycle = target.flops_per_cycle / (2 * target.mxu_size**2)
+    return Cost(
+        bundles=bundles,
+        around=outer.total_bundles,
+        tokens=round(fetched / bytes_per_token(case)) or None,
+        fetched_bytes=fetched,
+        fetch_cycles=fetched / target.bytes_per_cycle,
+        pairs=rows * target.mxu_size // passes,
+        mxu_share=rows / rows_per_cycle / bundles,
+        units={unit: share for unit, share in used.items() if unit not in SPILLS},
+        spills=sum(loop.units.get(unit, 0) for loop in hot.walk() for unit in SPILLS) / bundles,
+    )
+
+
+def bytes_per_token(case: Case) -> int:
+    """Of the keys and values of one position, with the head size as the chip pads it."""
+    width = -(-case.heads.head_dim // 128) * 128
+    return 2 * case.heads.kv_heads * width * {"float32": 4, "bfloat16": 2}.get(case.kv_dtype, 1)
+
+
+def _parent(root: Loop, child: Loop) -> Loop:
+    return next(loop for loop in root.walk() if any(inner is child for inner in loop.inner))
