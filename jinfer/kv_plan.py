@@ -76,8 +76,9 @@ def plan_kv(spec: ModelSpec, mesh: Mesh, config: EngineConfig) -> KVPlan:
       ConfigError: not even one sequence fits, or max_model_len is more than the model or the memory can hold.
     """
     limit = spec.config.max_position_embeddings
-    if spec.config.rope_scaling.rope_type == "dynamic" and config.max_model_len:
-        limit = max(limit, int(limit * (spec.config.rope_scaling.factor or 1.0)))
+    stretch = [rotary.factor for rotary in spec.config.rotaries if rotary.kind == "dynamic"]
+    if stretch and config.max_model_len:
+        limit = max(limit, int(limit * min(stretch)))
     wanted = config.max_model_len or limit
     if wanted > limit:
         raise ConfigError(f"max_model_len is {wanted}, the model knows positions up to {limit}: lower it")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jinfer.layers.attention import Attend
+from jinfer.layers.attention import Attend, KVKind, LayerIndex
 from jinfer.mesh import partition_spec
 from jinfer.models.decoder import Decoder, ModelSpec, Params
 from jinfer.packing import (
@@ -62,35 +62,55 @@ class KVLayout:
     implementation: str
 
 
-def paged_attend(
-    mesh: Mesh, layout: KVLayout, batch: pa.RaggedBatch, kv: Any, num_tokens: int, scale: float
-) -> Attend:
+def paged_attend(mesh: Mesh, layout: KVLayout, batch: pa.RaggedBatch, kv: Any, num_tokens: int) -> Attend:
     """Attention over pages, each device on its own heads."""
     heads = partition_spec(("tokens", "heads", "head_dim"))
+    per_head = partition_spec(("heads",))
     pool = pa.kv_partition_spec("tensor", kv=kv, implementation=layout.implementation)
     plan = pa.prepare(batch, kv, num_tokens, implementation=layout.implementation)
 
-    def local(q: Array, k: Array, v: Array, kv: Any, plan: Any, offset: Array) -> tuple[Array, Any]:
-        kv = pa.write_kv(kv, k, v, plan, page_offset=offset)
-        return pa.attend(q, kv, plan, page_offset=offset, scale=scale), kv
+    def attend(
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Any,
+        layer: LayerIndex,
+        *,
+        kind: KVKind,
+        scale: float,
+        soft_cap: float | None = None,
+        sinks: Array | None = None,
+    ) -> tuple[Array, Any]:
+        def local(
+            q: Array, k: Array, v: Array, kv: Any, plan: Any, offset: Array, sinks: Array | None
+        ) -> tuple[Array, Any]:
+            kv = pa.write_kv(kv, k, v, plan, page_offset=offset)
+            y = pa.attend(
+                q,
+                kv,
+                plan,
+                page_offset=offset,
+                scale=scale,
+                sliding_window=kind.window,
+                soft_cap=soft_cap,
+                sinks=sinks,
+            )
+            return y, kv
 
-    sharded = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(heads, heads, heads, pool, P(), P()),
-        out_specs=(heads, pool),
-        check_vma=False,
-    )
-
-    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
-        return sharded(q, k, v, cache, plan, layer * layout.pages_per_layer)
+        sharded = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, pool, P(), P(), per_head),
+            out_specs=(heads, pool),
+            check_vma=False,
+        )
+        return sharded(q, k, v, cache, plan, layer.overall * layout.pages_per_layer, sinks)
 
     return attend
 
 
 def make_step(spec: ModelSpec, mesh: Mesh, layout: KVLayout, shape: StepShape) -> Callable[..., Any]:
     """The function (arrays, kv, slots, packed) -> (kv, slots, StepOutput) of one compile key."""
-    scale = spec.config.head_dim**-0.5
 
     def step(arrays: dict[str, Array], kv: Any, state: SlotState, packed: Int[Array, "N"]):
         part = {name: packed[a:b] for name, (a, b) in shape.sections.items()}
@@ -105,10 +125,10 @@ def make_step(spec: ModelSpec, mesh: Mesh, layout: KVLayout, shape: StepShape) -
         if not shape.decode_only:
             tokens = jnp.where(part["tokens"] < 0, tokens, part["tokens"])
         lengths = None
-        if decoder.rotary.depends_on_length:
+        if spec.config.fixed_angles_length is not None:
             prompt = state.fields[token_slots, FIELDS.index("prompt_length")]
             lengths = jnp.maximum(prompt, positions + 1)
-        attend = paged_attend(mesh, layout, batch, kv, shape.num_tokens, scale)
+        attend = paged_attend(mesh, layout, batch, kv, shape.num_tokens)
         hidden, kv = decoder(tokens, positions, attend, kv, lengths)
         last = jnp.maximum(batch.query_starts[1:] - 1, 0)
         state, output = _sample(decoder, hidden[last], state, part, shape)

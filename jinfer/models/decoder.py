@@ -6,7 +6,7 @@ It sees arrays only. Which keys a query attends to, and where keys are kept, is 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,71 +14,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jinfer.layers.attention import Attend, Attention
+from jinfer.layers.attention import Attend, LayerIndex
 from jinfer.layers.linear import embed, project
-from jinfer.layers.mlp import GatedMLP
-from jinfer.layers.norm import RMSNorm
 from jinfer.layers.parameter import Build, parameter
-from jinfer.layers.rope import Rotary
 from jinfer.layers.stack import LayerStack
 from jinfer.models.hf_config import ModelConfig
-
-_ROTARY_FIELDS = {f.name for f in fields(Rotary)}
-
-
-def rotary_of(config: ModelConfig) -> Rotary:
-    """The rotary embedding that a model's config asks for."""
-    scaling = config.rope_scaling
-    told = {f.name: getattr(scaling, f.name) for f in fields(scaling) if f.name in _ROTARY_FIELDS}
-    return replace(
-        Rotary(dim=config.head_dim, theta=config.rope_theta),
-        kind=scaling.rope_type,
-        original=scaling.original_max_position_embeddings or config.max_position_embeddings,
-        # A field that the config leaves open keeps the default of the method's paper.
-        **{name: value for name, value in told.items() if value is not None},
-    )
-
-
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, build: Build) -> None:
-        self.attention_norm = RMSNorm(build, config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(
-            build,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-        )
-        self.mlp_norm = RMSNorm(build, config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(
-            build, config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias
-        )
-
-    def __call__(
-        self, x: Array, rope: tuple[Array, Array], attend: Attend, cache: Any, layer: Array
-    ) -> tuple[Array, Any]:
-        y, cache = self.attention(self.attention_norm(x), rope, attend, cache, layer)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+from jinfer.models.layer import DecoderLayer
 
 
 class Decoder(nnx.Module):
     """Embedding, layers, final norm and the head; parameters are abstract until `Params` fills them."""
 
     def __init__(self, config: ModelConfig, build: Build, *, scan: bool) -> None:
-        self.embedding = parameter(build, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
-        self.stack = LayerStack(build, config.num_hidden_layers, lambda b: DecoderLayer(config, b), scan=scan)
-        self.norm = RMSNorm(build, config.hidden_size, config.rms_norm_eps)
-        self.head = (
-            None
-            if config.tie_word_embeddings
-            else parameter(build, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        table = (config.vocab_size, config.hidden_size)
+        self.embedding = parameter(build, table, ("vocab", "embed"))
+        self.stack = LayerStack(
+            build,
+            config.layers,
+            lambda b, spec: DecoderLayer(spec, config.hidden_size, b),
+            kinds=[layer.attention.kv_kind for layer in config.layers],
+            scan=scan,
         )
-        self.rotary = rotary_of(config)
+        self.norm = config.norm.make(build, (config.hidden_size,))
+        self.head = None if config.tie_word_embeddings else parameter(build, table, ("vocab", "embed"))
+        self.head_bias = parameter(build, table[:1], ("vocab",)) if config.head_bias else None
+        self.config = config
         self.weight_first = build.weight_first
 
     def __call__(
@@ -90,18 +50,29 @@ class Decoder(nnx.Module):
         lengths: Int[Array, "T"] | None = None,
     ) -> tuple[Float[Array, "T E"], Any]:
         """Hidden states after the final norm, and the cache as `attend` left it. `lengths`: see `Rotary.tables`."""
-        rope = self.rotary.tables(positions, lengths)
+        tables = {rotary: rotary.tables(positions, lengths) for rotary in self.config.rotaries}
 
-        def body(layer: DecoderLayer, index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            return layer(carry[0], rope, attend, carry[1], index)
+        def body(layer: DecoderLayer, index: LayerIndex, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            return layer(carry[0], tables, attend, carry[1], index)
 
-        x, cache = self.stack(body, (embed(self.embedding[...], tokens), cache))
+        x = embed(self.embedding[...], tokens)
+        if self.config.embedding_multiplier != 1.0:
+            # In the activations' own dtype, as models that were trained so expect.
+            x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)
+        x, cache = self.stack(body, (x, cache))
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "R E"]) -> Float[Array, "R V"]:
         """float32 logits of hidden states."""
-        table = self.embedding if self.head is None else self.head
-        return project(table[...], hidden, weight_first=self.weight_first, accumulate=jnp.float32)
+        table, config = self.embedding if self.head is None else self.head, self.config
+        logits = project(table[...], hidden, weight_first=self.weight_first, accumulate=jnp.float32)
+        if self.head_bias is not None:
+            logits = logits + self.head_bias[...].astype(jnp.float32)
+        if config.logit_multiplier != 1.0:
+            logits = logits * config.logit_multiplier
+        if config.logit_soft_cap is not None:
+            logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+        return logits
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jinfer.config import EngineConfig
-from jinfer.layers.attention import causal_attention
+from jinfer.layers.attention import KVKind, LayerIndex, causal_attention
 from jinfer.models.decoder import Params
 from jinfer.platform import prepare_platform
 
@@ -40,13 +40,22 @@ def forward(params: Params, tokens: Int[Array, "*B S"]) -> Float[Array, "*B S V"
     batch = tokens.shape[0] if tokens.ndim == 2 else 1
     length = tokens.shape[-1]
     decoder = params.bind()
-    scale = params.spec.config.head_dim**-0.5
 
-    def attend(q: Array, k: Array, v: Array, cache: None, layer: Array) -> tuple[Array, None]:
-        def split(x: Array) -> Array:
-            return x.reshape(batch, length, *x.shape[1:])
-
-        return causal_attention(split(q), split(k), split(v), scale).reshape(q.shape), cache
+    def attend(
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: None,
+        layer: LayerIndex,
+        *,
+        kind: KVKind,
+        scale: float,
+        soft_cap: float | None = None,
+        sinks: Array | None = None,
+    ) -> tuple[Array, None]:
+        q4, k4, v4 = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
+        y = causal_attention(q4, k4, v4, scale, window=kind.window, soft_cap=soft_cap, sinks=sinks)
+        return y.reshape(q.shape), cache
 
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     lengths = jnp.full(batch * length, length, jnp.int32)

@@ -14,16 +14,13 @@ from jinfer.config import EngineConfig
 from jinfer.errors import ConfigError, ModelError
 from jinfer.layers.parameter import Build
 from jinfer.mesh import make_mesh, named_sharding
-from jinfer.models import llama
 from jinfer.models.decoder import ModelSpec, Params, skeleton
+from jinfer.models.family import family_of
 from jinfer.models.hf_config import ModelConfig, read_config
 from jinfer.models.refit import refit_kv_heads
-from jinfer.models.weight_map import WeightMap
 from jinfer.weights.hub import resolve_model
 from jinfer.weights.load import load_leaves
 from jinfer.weights.safetensors_source import open_safetensors
-
-FAMILIES: dict[str, WeightMap] = {"llama": llama.WEIGHTS}
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:
 
         arrays = restore_orbax(folder, targets(spec, mesh), refit=refit_kv_heads, progress=progress)
     else:
-        family = FAMILIES[config.model_type]
+        family = family_of(config.model_type).weights
         source = open_safetensors(folder)
         try:
             arrays = load_leaves(

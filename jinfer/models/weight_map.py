@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jinfer.layers.stack import is_stacked, layers_of
 from jinfer.mesh import named_sharding
 from jinfer.models.decoder import ModelSpec, skeleton
 from jinfer.models.hf_config import ModelConfig
@@ -73,13 +73,69 @@ def fuse_qkv(pattern: str) -> Recipe:
     return Recipe(sources, build)
 
 
+def repeat_heads(name: str) -> Recipe:
+    """[K * D] as [K', D]; K' > K repeats each KV head for its devices. For queries K' = K."""
+
+    def sources(config: ModelConfig, shape: Shape) -> Sources:
+        heads = shape[0] if shape[0] == config.num_attention_heads else config.num_key_value_heads
+        return ((name, (heads * shape[1],)),)
+
+    def build(config: ModelConfig, shape: Shape) -> Callable[[list[np.ndarray]], np.ndarray]:
+        def repeat(tensors: list[np.ndarray]) -> np.ndarray:
+            heads = tensors[0].reshape(-1, shape[1])
+            return np.repeat(heads, shape[0] // heads.shape[0], axis=0)
+
+        return repeat
+
+    return Recipe(sources, build)
+
+
+def split_pair(name: str) -> Recipe:
+    """One tensor [2 * F, ...] as [2, F, ...]."""
+    return Recipe(
+        lambda config, shape: ((name, (2 * shape[1], *shape[2:])),),
+        lambda config, shape: lambda t: t[0].reshape(shape),
+    )
+
+
+# The names that most checkpoints in Hugging Face's format have; a family states only what it names otherwise.
+TOP: Mapping[str, Recipe] = {
+    "embedding": plain("model.embed_tokens.weight"),
+    "norm.weight": plain("model.norm.weight"),
+    "norm.bias": plain("model.norm.bias"),
+    "head": plain("lm_head.weight"),
+    "head_bias": plain("lm_head.bias"),
+}
+LAYER: Mapping[str, Recipe] = {
+    "attention_norm.weight": plain("input_layernorm.weight"),
+    "attention_norm.bias": plain("input_layernorm.bias"),
+    "attention.qkv.weight": fuse_qkv("self_attn.{}_proj.weight"),
+    "attention.qkv.bias": fuse_qkv("self_attn.{}_proj.bias"),
+    "attention.q_norm.weight": plain("self_attn.q_norm.weight"),
+    "attention.k_norm.weight": plain("self_attn.k_norm.weight"),
+    "attention.sinks": plain("self_attn.sinks"),
+    "attention.out.weight": split_heads_in("self_attn.o_proj.weight"),
+    "attention.out.bias": plain("self_attn.o_proj.bias"),
+    "mlp_norm.weight": plain("post_attention_layernorm.weight"),
+    "mlp_norm.bias": plain("post_attention_layernorm.bias"),
+    "mlp.gate_up.weight": stack_pair("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.gate_up.bias": stack_pair("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+    "mlp.down.weight": plain("mlp.down_proj.weight"),
+    "mlp.down.bias": plain("mlp.down_proj.bias"),
+}
+
+
 @dataclass(frozen=True)
 class WeightMap:
-    """A family's names. `top` by parameter path; `layer` by path inside a layer, under `layer_prefix`."""
+    """A family's names. `top` by parameter path; `layer` by path inside a layer, under `layer_prefix`.
 
-    top: Mapping[str, Recipe]
-    layer_prefix: str
-    layer: Mapping[str, Recipe]
+    Both are given as what differs from `TOP` and `LAYER`. Entries for parameters that a model lacks are not used.
+    ignored_suffixes: of tensors that checkpoints carry and no model reads.
+    """
+
+    top: Mapping[str, Recipe] = field(default_factory=dict)
+    layer_prefix: str = "model.layers.{}."
+    layer: Mapping[str, Recipe] = field(default_factory=dict)
     ignored_suffixes: tuple[str, ...] = ()
 
     def leaves(self, spec: ModelSpec, mesh: Mesh) -> list[Leaf]:
@@ -89,18 +145,15 @@ class WeightMap:
             abstract = param.get_value()
             shape = tuple(abstract.shape)
             sharding = named_sharding(mesh, param.get_metadata()["logical_axes"], shape)
-            stacked = path.startswith("stack.layer.")
-            single = re.fullmatch(r"stack\.layers\.(\d+)\.(.*)", path)
-            if stacked:
-                recipe, inner = self.layer[path.removeprefix("stack.layer.")], shape[1:]
-                layers = range(config.num_hidden_layers)
-            elif single:
-                recipe, inner = self.layer[single[2]], shape
-                layers = range(int(single[1]), int(single[1]) + 1)
+            layers, name = layers_of(path, shape)
+            count, inner = len(layers), shape
+            if layers:
+                recipe = {**LAYER, **self.layer}[name]
+                inner = shape[1:] if is_stacked(path) else shape
             else:
-                recipe, inner, layers = self.top[path], shape, None
+                recipe = {**TOP, **self.top}[name]
             names = recipe.sources(config, inner)
-            if layers is not None:
+            if layers:
                 names = tuple(
                     (self.layer_prefix.format(i) + name, size) for i in layers for name, size in names
                 )
@@ -112,7 +165,7 @@ class WeightMap:
                     sources=names,
                     build=recipe.build(config, inner),
                     sharding=sharding,
-                    layers=config.num_hidden_layers if stacked else 0,
+                    layers=count if is_stacked(path) else 0,
                 )
             )
         return result

@@ -31,8 +31,8 @@ FORMAT = 1
 # Orbax reads this much at once; without a limit the host holds the whole checkpoint beside the arrays.
 CONCURRENT_GB = 2
 
-# How `jinfer.layers.stack.LayerStack` names a parameter of all layers, and one of a single layer.
-STACK = re.compile(r"(.*\.|)layer\.(.*)")
+# How `jinfer.layers.stack.LayerStack` names a parameter of layers f, f + s, f + 2 s, ..., and one of a single layer.
+STACK = re.compile(r"(.*\.|)layer\.(\d+)_(\d+)\.(.*)")
 LAYER = re.compile(r"(.*\.|)layers\.(\d+)\.(.*)")
 
 Shape = tuple[int, ...]
@@ -201,22 +201,34 @@ class Origin:
     row: int | None = None
 
 
-def _origin(path: str, depth: int, saved: Collection[str]) -> Origin | None:
+def _origin(path: str, depth: int, saved: Mapping[str, Shape]) -> Origin | None:
     """None if nothing that was saved can make `path`. The names are those of `jinfer.layers.stack.LayerStack`."""
     if path in saved:
         return Origin((path,))
     if stack := STACK.fullmatch(path):
-        names = tuple(f"{stack[1]}layers.{i}.{stack[2]}" for i in range(depth))
+        first, step = int(stack[2]), int(stack[3])
+        names = tuple(f"{stack[1]}layers.{i}.{stack[4]}" for i in range(first, first + step * depth, step))
         return Origin(names) if names and names[0] in saved else None
     if layer := LAYER.fullmatch(path):
-        name = f"{layer[1]}layer.{layer[3]}"
-        return Origin((name,), int(layer[2])) if name in saved else None
+        stacks = [Origin((name,), row) for name in saved if (row := _row_in(name, layer)) is not None]
+        held = [origin for origin in stacks if (origin.row or 0) < saved[origin.names[0]][0]]
+        return next(iter(held or stacks), None)
     return None
+
+
+def _row_in(name: str, layer: re.Match[str]) -> int | None:
+    """The row of the stacked parameter `name` where this layer's would be; None if it holds other layers."""
+    stack = STACK.fullmatch(name)
+    if stack is None or (stack[1], stack[4]) != (layer[1], layer[3]):
+        return None
+    row, between = divmod(int(layer[2]) - int(stack[2]), int(stack[3]))
+    return None if between or row < 0 else row
 
 
 def _origins(targets: Mapping[str, jax.ShapeDtypeStruct], source: OrbaxSource) -> dict[str, Origin]:
     """Where every parameter comes from. Raises ModelError if one has no origin, or a saved array no use."""
-    saved, origins, missing = set(source.names()), {}, []
+    saved = {name: source.shape(name) for name in source.names()}
+    origins, missing = {}, []
     rows: Counter[str] = Counter()
     for path, target in targets.items():
         origin = _origin(path, target.shape[0] if target.shape else 0, saved)
@@ -224,7 +236,7 @@ def _origins(targets: Mapping[str, jax.ShapeDtypeStruct], source: OrbaxSource) -
         missing += [name for name in origin.names if name not in saved]
         if origin.row is not None:
             rows[origin.names[0]] += 1
-    unused = sorted(saved - {name for origin in origins.values() for name in origin.names})
+    unused = sorted(saved.keys() - {name for origin in origins.values() for name in origin.names})
     for name, wanted in rows.items():
         if wanted != source.shape(name)[0]:
             unused.append(f"{name} (a stack of {source.shape(name)[0]} layers where {wanted} are wanted)")

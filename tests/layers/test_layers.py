@@ -10,12 +10,12 @@ import torch
 from flax import nnx
 from transformers.activations import ACT2FN
 
-from jinfer.layers.attention import causal_attention
+from jinfer.layers.attention import KVKind, LayerIndex, causal_attention
 from jinfer.layers.linear import Linear, embed, project
 from jinfer.layers.mlp import ACTIVATIONS
-from jinfer.layers.norm import RMSNorm
+from jinfer.layers.norm import NormSpec
 from jinfer.layers.parameter import Build, parameter
-from jinfer.layers.stack import LayerStack
+from jinfer.layers.stack import LayerStack, Segment, is_stacked, layers_of, segments_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -68,7 +68,7 @@ def test_embedding_takes_rows():
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_norm(eps):
-    layer = filled(RMSNorm(Build(), 16, eps))
+    layer = filled(NormSpec(eps=eps).make(Build(), (16,)))
     x = array(4, 16)
     wide = np.asarray(x, np.float64)
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * np.asarray(layer.weight[...])
@@ -77,7 +77,7 @@ def test_norm(eps):
 
 def test_norm_of_small_numbers_in_half_precision():
     """Squares of bfloat16 inputs are summed in float32."""
-    layer: Any = RMSNorm(Build(dtype=jnp.bfloat16), 64, 1e-12)
+    layer: Any = NormSpec(eps=1e-12).make(Build(dtype=jnp.bfloat16), (64,))
     layer.weight = layer.weight.replace(jnp.ones(64, jnp.bfloat16))
     y = layer(array(2, 64, dtype=jnp.bfloat16) * jnp.bfloat16(1e-3))
     assert y.dtype == jnp.bfloat16
@@ -101,27 +101,56 @@ def test_causal_attention():
     np.testing.assert_allclose(actual, expected.transpose(1, 2).numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_stack_runs_its_layers_in_order(scan):
-    class Layer(nnx.Module):
-        def __init__(self, build: Build) -> None:
-            self.weight = parameter(build, (2,), (None,))
+ALIKE, WINDOWED = "aaa", "wwfwwfwwf"
 
-    weights = array(3, 2)
-    stack: Any = LayerStack(Build(), 3, Layer, scan=scan)
-    if scan:
-        assert stack.layer.weight.get_value().shape == (3, 2)
-        stack.layer.weight = stack.layer.weight.replace(weights)
-    else:
-        for layer, weight in zip(stack.layers, weights, strict=True):
-            layer.weight = layer.weight.replace(weight)
-    result = stack(
-        lambda layer, index, x: x * 2 + layer.weight[...] * (index + 1).astype(jnp.float32), jnp.ones(2)
-    )
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("specs", [ALIKE, "d" + WINDOWED + "w", "ffffww", "abc", "a"])
+def test_stack_runs_its_layers_in_order(scan, specs):
+    class Layer(nnx.Module):
+        def __init__(self, build: Build, factor: int) -> None:
+            self.weight = parameter(build, (2,), (None,))
+            self.factor = factor
+
+    kinds = [KVKind(1, 2, 8 if spec == "w" else None) for spec in specs]
+    stack: Any = LayerStack(Build(), specs, lambda b, s: Layer(b, ord(s) % 5), kinds=kinds, scan=scan)
+    weights = np.asarray(array(len(specs), 2))
+    graph, state = nnx.split(stack)
+    flat = []
+    for path, param in nnx.to_flat_state(state):
+        shape = param.get_value().shape
+        layers, name = layers_of("stack." + ".".join(map(str, path)), shape)
+        assert (name, is_stacked(".".join(map(str, path)))) == ("weight", len(shape) == 2)
+        values = weights[list(layers)]
+        flat.append((path, param.replace(jnp.asarray(values if len(shape) == 2 else values[0]))))
+    stack = nnx.merge(graph, nnx.from_flat_state(flat))
+
+    def body(layer: Any, index: LayerIndex, x: jax.Array) -> jax.Array:
+        place = index.overall * 10 + index.in_kind + 1
+        return x * 1.5 + layer.weight[...] * place.astype(jnp.float32) + layer.factor
+
     expected = np.ones(2)
-    for index, weight in enumerate(np.asarray(weights)):
-        expected = expected * 2 + weight * (index + 1)
-    np.testing.assert_allclose(result, expected, rtol=1e-5)
+    for index, (spec, weight) in enumerate(zip(specs, weights, strict=True)):
+        place = index * 10 + kinds[:index].count(kinds[index]) + 1
+        expected = expected * 1.5 + weight * place + ord(spec) % 5
+    np.testing.assert_allclose(stack(body, jnp.ones(2)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("specs", "expected"),
+    [
+        (ALIKE, [(0, 1, 3)]),
+        (WINDOWED, [(0, 3, 3)]),
+        ("d" + WINDOWED, [(0, 1, 1), (1, 3, 3)]),
+        (WINDOWED + "w", [(0, 3, 3), (9, 1, 1)]),
+        ("wwwwwf" * 10 + "ww", [(0, 6, 10), (60, 1, 2)]),
+        ("ffffww", [(0, 1, 4), (4, 1, 2)]),
+        ("abc", [(0, 1, 1), (1, 1, 1), (2, 1, 1)]),
+        ("", []),
+    ],
+)
+def test_segments_are_the_repetitions(specs, expected):
+    assert segments_of(specs) == [Segment(*parts) for parts in expected]
 
 
 def test_a_parameter_names_every_dimension():

@@ -63,7 +63,7 @@ def test_gradients_equal_those_of_torch(folder, loop):
     loss, gradients = jax.jit(jax.value_and_grad(loss_of))(params, jnp.asarray(TOKENS))
     expected_loss, by_name = hf_gradients(folder)
     assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
-    for leaf in llama.WEIGHTS.leaves(params.spec, make_mesh()):
+    for leaf in llama.FAMILY.weights.leaves(params.spec, make_mesh()):
         tensors = [by_name[name] for name, _ in leaf.sources]
         each = len(tensors) // max(leaf.layers, 1)
         layers = [leaf.build(tensors[i : i + each]) for i in range(0, len(tensors), each)]

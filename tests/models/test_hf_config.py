@@ -10,7 +10,11 @@ import pytest
 from transformers import LlamaConfig
 
 from jinfer.errors import ModelError
-from jinfer.models.hf_config import Fields, ModelConfig, RopeScaling, common_config, read_config
+from jinfer.layers.attention import AttentionSpec
+from jinfer.layers.mlp import MLPSpec
+from jinfer.layers.rope import Rotary
+from jinfer.models.fields import Fields
+from jinfer.models.hf_config import ModelConfig, common_config, read_config
 
 SMALL = {
     "model_type": "llama",
@@ -114,25 +118,42 @@ def write(folder: Path, config: Any, generation: Any = None) -> Path:
     return folder
 
 
+def parts(config: ModelConfig) -> tuple[AttentionSpec, MLPSpec]:
+    """What all layers of a uniform model are."""
+    assert set(config.layers) == {config.layers[0]}
+    attention, mlp = config.layers[0].attention, config.layers[0].mlp
+    assert isinstance(attention, AttentionSpec)
+    assert isinstance(mlp, MLPSpec)
+    return attention, mlp
+
+
 def check_equal(ours: ModelConfig, theirs: LlamaConfig) -> None:
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    same += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "attention_bias")
-    same += ("mlp_bias", "tie_word_embeddings", "hidden_act", "bos_token_id")
+    same += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    same += ("tie_word_embeddings", "bos_token_id")
     for name in same:
         assert getattr(ours, name) == getattr(theirs, name), name
+    attention, mlp = parts(ours)
+    assert ours.norm.eps == ours.layers[0].norm.eps == theirs.rms_norm_eps
+    assert attention.qkv_bias == attention.out_bias == theirs.attention_bias
+    assert (mlp.bias, mlp.activation, mlp.feed_forward) == (
+        theirs.mlp_bias,
+        theirs.hidden_act,
+        theirs.intermediate_size,
+    )
     eos = theirs.eos_token_id
     assert list(ours.eos_token_ids) == (eos if isinstance(eos, list) else [] if eos is None else [eos])
     assert ours.dtype == (None if theirs.dtype is None else str(theirs.dtype).removeprefix("torch."))
     theirs.standardize_rope_params()  # as transformers does again where it computes the angles
     rope: dict[str, Any] = dict(theirs.rope_parameters or {})  # type: ignore
-    assert ours.rope_theta == rope.pop("rope_theta")
     rope.pop("type", None)
-    scaling = dataclasses.asdict(ours.rope_scaling)
-    for name in ("beta_fast", "beta_slow", "truncate"):  # transformers fills these in where it uses them
-        rope[name] = scaling[name] if rope.get(name) is None else rope[name]
-    if ours.rope_scaling.rope_type == "dynamic":
+    # What the file leaves open, transformers fills in where it computes the angles.
+    rope = {name: value for name, value in rope.items() if value is not None}
+    if rope["rope_type"] == "dynamic":
         rope["original_max_position_embeddings"] = theirs.max_position_embeddings
-    assert scaling == dict.fromkeys(scaling) | rope
+    names = {"rope_theta": "theta", "rope_type": "kind", "original_max_position_embeddings": "original"}
+    told = {names.get(name, name): value for name, value in rope.items()}
+    assert attention.rotary == Rotary(attention.head_dim, **told)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -155,12 +176,13 @@ def test_reads_what_transformers_saves(name, tmp_path):
 def test_absent_yarn_factor_is_the_ratio_of_lengths(tmp_path):
     scaling = {"rope_type": "yarn", "original_max_position_embeddings": 1024}
     config = read_config(write(tmp_path, LLAMA_2 | {"rope_scaling": scaling}))
-    assert config.rope_scaling.factor == 4.0
+    assert config.rotaries[0].factor == 4.0
 
 
 def test_yarn_defaults():
-    scaling = common_config(Fields(LLAMA_2 | {"rope_scaling": YARN}, "x")).rope_scaling
-    assert scaling == RopeScaling("yarn", 4.0, 1024, beta_fast=32.0, beta_slow=1.0, truncate=True)
+    config = common_config(Fields(LLAMA_2 | {"rope_scaling": YARN}, "x"))
+    expected = Rotary(128, 10000.0, "yarn", factor=4.0, original=1024, beta_fast=32.0, beta_slow=1.0)
+    assert config.rotaries == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +248,8 @@ WRONG = {
     "heads do not divide": (SMALL | {"hidden_size": 60}, "hidden_size is 60, expected a multiple of .*8"),
     "KV heads do not divide": (SMALL | {"num_key_value_heads": 3}, "num_key_value_heads is 3, expected a divisor"),
     "more KV heads than heads": (SMALL | {"num_key_value_heads": 16}, "num_key_value_heads is 16"),
-    "odd head": (SMALL | {"head_dim": 5}, "head size is 5, expected an even number"),
-    "odd derived head": (SMALL | {"hidden_size": 40}, "head size is 5, expected an even number"),
+    "odd head": (SMALL | {"head_dim": 5}, "5 of the 5 numbers of a head .* expected an even number"),
+    "odd derived head": (SMALL | {"hidden_size": 40}, "5 of the 5 numbers of a head .* expected an even number"),
     "eps is nan": (SMALL | {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     "flag is a number": (SMALL | {"attention_bias": 1}, "attention_bias is 1, expected true or false"),
     "dtype is unknown": (SMALL | {"torch_dtype": "int4"}, "torch_dtype is 'int4', expected one of float32"),
@@ -237,7 +259,7 @@ WRONG = {
     "theta": (SMALL | {"rope_theta": -1.0}, "rope_theta is -1.0"),
     "theta inside": (SMALL | {"rope_parameters": {"rope_theta": "big"}}, "rope_parameters: rope_theta is 'big'"),
     "scaling is a list": (SMALL | {"rope_scaling": [1]}, "rope_scaling is .* expected an object"),
-    "scaling of no kind": (scaled(type="longrope", factor=2.0), "rope type 'longrope' is not supported; supported"),
+    "scaling of no kind": (scaled(type="magic", factor=2.0), "rope type 'magic' is not supported; supported"),
     "kind is a number": (scaled(rope_type=3), "rope_type is 3"),
     "no factor": (scaled(type="linear"), "rope_scaling lacks factor"),
     "factor below 1": (scaled(type="dynamic", factor=0.5), "factor is 0.5, expected a number from 1"),

@@ -32,7 +32,9 @@ def stacked(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same parameters with the layers stacked."""
     result = {path: value for path, value in values.items() if not path.startswith("stack.")}
     for part in ("up.weight", "up.bias"):
-        result[f"stack.layer.{part}"] = np.stack([values[f"stack.layers.{i}.{part}"] for i in range(DEPTH)])
+        result[f"stack.layer.0_1.{part}"] = np.stack(
+            [values[f"stack.layers.{i}.{part}"] for i in range(DEPTH)]
+        )
     return result
 
 
@@ -42,7 +44,7 @@ FORMS = {"apart": HOST, "stacked": stacked(HOST)}
 def sharding_of(path: str, devices: int) -> NamedSharding:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("t",))
     spec = next(spec for part, spec in SPECS.items() if path.endswith(part))
-    return NamedSharding(mesh, P(None, *spec) if path.startswith("stack.layer.") else spec)
+    return NamedSharding(mesh, P(None, *spec) if path.startswith("stack.layer.0_1.") else spec)
 
 
 def placed(values: dict[str, np.ndarray], devices: int = 1, dtype=np.float32) -> Arrays:
@@ -99,8 +101,8 @@ def test_a_stack_is_read_once_however_many_layers_are_taken(saved, monkeypatch):
     restore_orbax(saved["stacked", 1], dict(sorted(targets(HOST).items())))
     assert sorted(map(sorted, reads)) == [
         ["embedding", "norm.weight"],
-        ["stack.layer.up.bias"],
-        ["stack.layer.up.weight"],
+        ["stack.layer.0_1.up.bias"],
+        ["stack.layer.0_1.up.weight"],
     ]
 
 
@@ -149,9 +151,13 @@ def changed(values: Targets, **changes: tuple[int, ...] | None) -> Targets:
             {"stack__layers__1__up__bias": (7,)},
             r"layers.1.up.bias has shape .*8\D+ in .* and \(7,\)",
         ),
-        ("stacked", {"stack__layer__up__bias": (4, 8)}, r"lacks .*layers.3.up.bias|has shape \(3, 8\)"),
-        ("stacked", {"stack__layer__up__bias": (2, 8)}, r"unused .*layers.2.up.bias|has shape \(3, 8\)"),
-        ("stacked", {"stack__layer__up__bias": (3, 7)}, r"stack.layer.up.bias has shape .* and \(3, 7\)"),
+        ("stacked", {"stack__layer__0_1__up__bias": (4, 8)}, r"lacks .*layers.3.up.bias|has shape \(3, 8\)"),
+        ("stacked", {"stack__layer__0_1__up__bias": (2, 8)}, r"unused .*layers.2.up.bias|has shape \(3, 8\)"),
+        (
+            "stacked",
+            {"stack__layer__0_1__up__bias": (3, 7)},
+            r"stack.layer.0_1.up.bias has shape .* and \(3, 7\)",
+        ),
     ],
 )
 def test_parameters_that_do_not_fit_are_named(form, changes, problem, saved):
@@ -219,7 +225,7 @@ damages = {
 for name, damage in damages.items():
     shutil.copytree(folder / "whole", folder / name)
     damage(folder / name / "orbax")
-    for shapes in ({path: (8, 4) for path in apart}, {"layer.w": (3, 8, 4)}):
+    for shapes in ({path: (8, 4) for path in apart}, {"layer.0_1.w": (3, 8, 4)}):
         try:
             restore_orbax(folder / name, {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()})
             print(name, "restored")

@@ -1,0 +1,32 @@
+"""The model families: which there are, and what a family's file says."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jinfer.models.fields import Fields
+from jinfer.models.hf_config import ModelConfig
+from jinfer.models.weight_map import WeightMap
+
+# Each has a file in this folder, named as its HF `model_type`, with a `FAMILY` in it.
+MODEL_TYPES = ("llama",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    config: reads config.json. weights: where each parameter is in the checkpoint.
+    quantizations: values of quantization_config.quant_method that its weight map reads.
+    """
+
+    config: Callable[[Fields], ModelConfig]
+    weights: WeightMap
+    quantizations: tuple[str, ...] = ()
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a supported model_type."""
+    return importlib.import_module(f"jinfer.models.{model_type}").FAMILY
