@@ -139,6 +139,11 @@ class AsyncEngine:
         return self.engine.vocab_size
 
     @property
+    def embedding_size(self) -> int:
+        """Numbers in an embedding."""
+        return self.engine.model_config.hidden_size
+
+    @property
     def default_pooling(self) -> PoolingParams:
         """How embeddings are pooled where a request does not say; see `jinfer.pooling.default_pooling`."""
         return default_pooling(self.engine.folder)

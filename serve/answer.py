@@ -27,10 +27,14 @@ STREAM_HEADERS = {
 FAREWELL_SECONDS = 1.0  # for the last words to a client that may have stopped reading
 
 
-class Format(Protocol):
-    """What an endpoint knows about its answers. Events are complete `data: ...` lines."""
+class WholeFormat(Protocol):
+    """What an endpoint knows about its answers."""
 
     def whole(self, choices: Choices) -> dict[str, Any]: ...
+
+
+class Format(WholeFormat, Protocol):
+    """The same where answers may be streamed. Events are complete `data: ...` lines."""
 
     def events(self, choices: Choices, prompt: int, delta: OutputDelta) -> bytes: ...
 
@@ -49,7 +53,7 @@ class Answer(Response):
         self,
         state: State,
         job: Job,
-        form: Format,
+        form: WholeFormat,
         deadline: float,
         on_end: Callable[[Choices, str], None] | None = None,
     ) -> None:
@@ -109,12 +113,17 @@ class WholeAnswer(Answer):
             await self._generation.close()
             if self._on_end:
                 self._on_end(choices, outcome)
-        body = json.dumps(self._form.whole(choices), ensure_ascii=False, separators=(",", ":")).encode()
+        body = await self._body(choices)
         await Response(body, 200, self._id_header, "application/json")(scope, receive, send)
+
+    async def _body(self, choices: Choices) -> bytes:
+        return json.dumps(self._form.whole(choices), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class StreamedAnswer(Answer):
     """Server-sent events. The status is sent with the first token, so a refusal still has its own status."""
+
+    _form: Format
 
     async def _produce(self, scope: Scope, receive: Receive, send: Send) -> None:
         choices, outcome, began = Choices(self._job), "gone", False

@@ -18,9 +18,10 @@ from jinfer import AsyncEngine, ConfigError, ServerConfig, __version__
 from serve.body import read_body
 from serve.chat import answer_chat
 from serve.completions import answer_completion
+from serve.embeddings import answer_embeddings
 from serve.middleware import Gate
 from serve.protocol import APIError, install_handlers
-from serve.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from serve.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from serve.state import State
 from serve.tokens import detokenize, tokenize
 
@@ -70,6 +71,9 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
     async def completions(request: Request) -> Response:
         return await answer_completion(state, *await read(request, CompletionBody))
 
+    async def embeddings(request: Request) -> Response:
+        return await answer_embeddings(state, *await read(request, EmbeddingBody))
+
     async def tokenize_text(request: Request) -> Response:
         body, _ = await read(request, TokenizeBody)
         return JSONResponse(await state.in_thread(tokenize, state, body))
@@ -81,6 +85,7 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
     routes: tuple[tuple[str, Any, type[Body]], ...] = (
         ("/v1/chat/completions", chat_completions, ChatBody),
         ("/v1/completions", completions, CompletionBody),
+        ("/v1/embeddings", embeddings, EmbeddingBody),
         ("/tokenize", tokenize_text, TokenizeBody),
         ("/detokenize", detokenize_ids, DetokenizeBody),
     )

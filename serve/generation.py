@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinfer import FinishReason, OutputDelta, SamplingParams, TokenLogprobs
+from jinfer import FinishReason, OutputDelta, PoolingParams, SamplingParams, TokenLogprobs
 from serve.metrics import RequestClock
 from serve.protocol import APIError
 from serve.state import State
@@ -23,6 +23,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    pooling: PoolingParams | None = None  # embeddings are wanted, and no text
 
 
 class Generation:
@@ -75,7 +76,12 @@ class Generation:
         job = self._job
         try:
             stream: Any = self._state.engine.generate(
-                prompt, job.params, request_id=request_id, priority=job.priority, cache_salt=job.cache_salt
+                prompt,
+                job.params,
+                request_id=request_id,
+                pooling=job.pooling,
+                priority=job.priority,
+                cache_salt=job.cache_salt,
             )
             async with contextlib.aclosing(stream):
                 async for delta in stream:
@@ -101,6 +107,7 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    embedding: Any = None  # float32[E] of an embedding request
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -116,6 +123,8 @@ class Choice:
             self.logprobs.extend(delta.logprobs)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
+        if delta.embedding is not None:
+            self.embedding = delta.embedding
         if delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 

@@ -109,21 +109,21 @@ def read_tools(tools: Any, tool_choice: Any) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def read_prompts(value: Any) -> list[Prompt]:
-    """Prompts of a text completion: a string, token ids, or a list of either."""
+def read_prompts(value: Any, name: str = "prompt") -> list[Prompt]:
+    """Prompts of a text completion or the inputs of an embedding: a string, token ids, or a list of either."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
         if all(isinstance(item, str) for item in value):
             return value
         if is_int(value[0]):
-            return [read_token_ids(value, "prompt")]
+            return [read_token_ids(value, name)]
         if all(isinstance(item, list) for item in value):
-            return [read_token_ids(item, f"prompt[{i}]") for i, item in enumerate(value)]
+            return [read_token_ids(item, f"{name}[{i}]") for i, item in enumerate(value)]
     raise bad_request(
-        f"prompt is {'left out' if value is None else _kind(value)}: expected a string, a list of token ids, or a "
+        f"{name} is {'left out' if value is None else _kind(value)}: expected a string, a list of token ids, or a "
         "list of either",
-        "prompt",
+        name,
     )
 
 

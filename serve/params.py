@@ -8,7 +8,7 @@ from typing import Any
 
 from jinfer import RequestError, SamplingParams
 from serve.protocol import APIError, bad_request
-from serve.schemas import ChatBody, CompletionBody, SamplingBody
+from serve.schemas import ChatBody, CompletionBody, EmbeddingBody, SamplingBody
 
 # Same name and meaning in the request and in SamplingParams.
 PLAIN = (
@@ -111,6 +111,11 @@ def _check_common(body: SamplingBody, limits: Limits) -> None:
                 "stream_options",
                 "unsupported_field",
             )
+    check_queueing(body, limits)
+
+
+def check_queueing(body: SamplingBody | EmbeddingBody, limits: Limits) -> None:
+    """Raises APIError (400) for a priority or cache salt that cannot act."""
     if body.priority:
         if not limits.uses_priority:
             raise bad_request(

@@ -112,6 +112,19 @@ class CompletionBody(SamplingBody):
     logprobs: Int | None = None
 
 
+class EmbeddingBody(Body):
+    """POST /v1/embeddings. pooling and normalize are jinfer's own; they default to what the model's folder says."""
+
+    input: Any = Field(None, description="a string, token ids, or a list of either")
+    encoding_format: str | None = Field(None, description="float or base64")
+    dimensions: Int | None = None
+    pooling: str | None = Field(None, description="last or mean")
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
+
+
 class TokenizeBody(TemplateBody):
     """POST /tokenize: `prompt`, or `messages` with the fields of a chat."""
 

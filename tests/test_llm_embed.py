@@ -96,6 +96,21 @@ def test_text_and_one_prompt(llm):
     assert llm.embed([]) == []
 
 
+def test_text_goes_on_while_a_long_prompt_is_embedded(llm):
+    engine = llm.engine
+    engine.add_request("text", random_prompt(5, 6), greedy(40))
+    while not engine.step():
+        pass
+    engine.add_request("e", random_prompt(92, 200), EMBED, pooling=PoolingParams())
+    steps = []
+    while not (steps and any(d.request_id == "e" for d in steps[-1])):
+        steps.append(engine.step())
+    # 15 of a step's 16 tokens are the prompt's, and one is the text's, in every single step.
+    assert 14 <= len(steps) <= 17
+    assert all(any(d.request_id == "text" for d in deltas) for deltas in steps)
+    list(engine.drain())
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_beside_running_text_and_when_pages_run_out(folder, overlap):
     # Seven pages of 8 tokens for 30 tokens of text and three prompts of 40: somebody is preempted.

@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
 from tests.support.server_process import CACHE, ROOT, Process, read_until, serving
 
@@ -72,6 +75,36 @@ def test_the_engine_scores_prompts(jinfer_sdk, jinfer_server):
         assert by_text.text[offset:].startswith(token) or token.startswith(("<", "bytes:"))
     none = jinfer_sdk.completions.create(prompt=ids, **(asked | {"max_tokens": 0})).choices[0]
     assert none.logprobs.token_logprobs == by_ids.logprobs.token_logprobs[: len(ids)]
+
+
+def test_embeddings_are_those_of_transformers(jinfer_sdk):
+    """The client asks for base64 by itself, and for lists where it is told to."""
+    folder = ROOT / "jinfer" / "assets" / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = ["Once upon a time", "a fox", "What is 27 + 45? " * 8]
+    ids = [tokenizer.encode(text) for text in texts]
+    with torch.no_grad():
+        states = [model(torch.tensor([each])).last_hidden_state[0].double().numpy() for each in ids]
+    by_pooling = {"last": [s[-1] for s in states], "mean": [s.mean(0) for s in states]}
+    for given in (texts, ids):
+        for encoding in (None, "float"):
+            for pooling, expected in by_pooling.items():
+                options: dict[str, Any] = {"encoding_format": encoding} if encoding else {}
+                answer = jinfer_sdk.embeddings.create(
+                    model="tiny", input=given, extra_body={"pooling": pooling}, **options
+                )
+                assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(map(len, ids))
+                assert [d.index for d in answer.data] == [0, 1, 2]
+                for entry, vector in zip(answer.data, expected, strict=True):
+                    unit = vector / np.linalg.norm(vector)
+                    assert np.abs(np.asarray(entry.embedding) - unit).max() < 1e-4 * np.abs(unit).max()
+    one = jinfer_sdk.embeddings.create(model="tiny", input="a fox", dimensions=len(unit)).data
+    np.testing.assert_allclose(
+        one[0].embedding, by_pooling["last"][1] / np.linalg.norm(by_pooling["last"][1]), atol=1e-4
+    )
+    with pytest.raises(openai.BadRequestError, match="dimensions is 3"):
+        jinfer_sdk.embeddings.create(model="tiny", input="a fox", dimensions=3)
 
 
 def test_many_requests_on_the_real_engine(jinfer_server):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from jinfer import (
@@ -15,6 +16,7 @@ from jinfer import (
     EngineDeadError,
     FinishReason,
     OutputDelta,
+    PoolingParams,
     QueueFullError,
     RequestError,
     SamplingParams,
@@ -60,6 +62,8 @@ class FakeAsyncEngine:
             {"default": TEMPLATE}, self.tokenizer.special_tokens
         )
         self.default_params: dict[str, Any] = {}
+        self.default_pooling = PoolingParams()
+        self.embedding_size = 4
         self.is_ready = True
         self.is_healthy = True
         self.error: str | None = None
@@ -96,6 +100,7 @@ class FakeAsyncEngine:
         params: SamplingParams,
         *,
         request_id: str,
+        pooling: PoolingParams | None = None,
         priority: int = 0,
         cache_salt: str = "",
     ) -> AsyncIterator[OutputDelta]:
@@ -105,7 +110,13 @@ class FakeAsyncEngine:
             raise QueueFullError("the queue is full: try again later", retry_after=7)
         assert request_id not in self.running
         self.seen.append(
-            SimpleNamespace(ids=list(prompt_token_ids), params=params, priority=priority, salt=cache_salt)
+            SimpleNamespace(
+                ids=list(prompt_token_ids),
+                params=params,
+                pooling=pooling,
+                priority=priority,
+                salt=cache_salt,
+            )
         )
         aborted = self.running[request_id] = asyncio.Event()
         arrival = time.monotonic()
@@ -134,6 +145,12 @@ class FakeAsyncEngine:
                             self.finished.get(delta.finish_reason.value, 0) + 1
                         )
                         writers.remove(writer)
+                    if pooling is not None:
+                        # The prompt's length, first and last token, and how it was pooled.
+                        vector = [len(prompt_token_ids), prompt_token_ids[0], prompt_token_ids[-1]]
+                        kind = len(pooling.pooling) * (1 if pooling.normalize else -1)
+                        delta.embedding = np.asarray([*vector, kind], np.float32)
+                        delta.token_ids, delta.text = [], ""
                     yield delta
         finally:
             del self.running[request_id]
