@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from jinfer.cache.groups import GroupSize
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_end_ids
 from jinfer.errors import RequestError
@@ -86,7 +85,7 @@ class Engine:
         self.kv_plan = plan_kv(model.spec, model.mesh, config)
         self.runner = Runner(model, config, self.kv_plan)
         self.scheduler = Scheduler(
-            groups=[GroupSize(self.kv_plan.pages)],
+            groups=[group.size for group in self.kv_plan.groups],
             page_size=self.kv_plan.page_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -235,9 +234,8 @@ class Engine:
         if not self.config.enable_prefix_caching and params.n == 1:
             return False
         # Beyond the original length these angles depend on the whole prompt's length, not on the prefix alone.
-        scaling = self.model_config.rope_scaling
-        original = scaling.original_max_position_embeddings or self.model_config.max_position_embeddings
-        return scaling.rope_type != "dynamic" or prompt_length <= original
+        fixed = self.model_config.fixed_angles_length
+        return fixed is None or prompt_length <= fixed
 
     def abort(self, request_id: str, *, silent: bool = False) -> None:
         """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have ended.
