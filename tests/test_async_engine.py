@@ -1,22 +1,20 @@
-"""`AsyncEngine`: streams for asyncio callers, and that no way of ending one leaves pages or callers behind."""
+"""`AsyncEngine`: streams for asyncio callers, refusals, embeddings and other weights; see also its ends."""
 
 import asyncio
 import contextlib
-import logging
-import time
-from typing import Any
 
+import numpy as np
 import pytest
 
-from jinfer import LLM, AsyncEngine, EngineConfig, EngineDeadError, RequestError, SamplingParams, load_params
+from jinfer import LLM, PoolingParams, RequestError, SamplingParams, load_params
 from jinfer.errors import ModelError, QueueFullError
 from jinfer.request import FinishReason
 from tests.support.engines import SMALL, greedy
 from tests.support.models import make_llama, random_prompt
+from tests.support.streams import check_idle, collect, play, start, tokens
 
 PROMPT = random_prompt(1, 20)
 LONG = greedy(200)
-WAIT = 60.0  # seconds after which something hangs
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +28,6 @@ def llm(folders):
     return LLM(str(folders[0]), **SMALL)
 
 
-def start(folder, **options):
-    engine = AsyncEngine(EngineConfig(model=str(folder), **{**SMALL, **options}))
-    engine.start()
-    return engine
-
-
 @pytest.fixture(scope="module")
 def shared(folders):
     """For tests that leave it as it was."""
@@ -43,41 +35,6 @@ def shared(folders):
     yield engine
     engine.shutdown()
     assert not engine.is_healthy
-
-
-@pytest.fixture
-def own(folders):
-    """For tests that end it."""
-    engine = start(folders[0])
-    yield engine
-    engine.shutdown()
-
-
-def play(scenario) -> Any:
-    """Runs a coroutine function; a scenario that hangs fails."""
-
-    async def limited() -> Any:
-        async with asyncio.timeout(WAIT):
-            return await scenario()
-
-    return asyncio.run(limited())
-
-
-async def collect(engine, prompt, params, name, **options):
-    """The deltas of a whole stream."""
-    return [d async for d in engine.generate(prompt, params, request_id=name, **options)]
-
-
-def tokens(deltas, index=0):
-    return [t for d in deltas if d.index == index for t in d.token_ids]
-
-
-async def check_idle(engine):
-    """Nothing runs and every page is back, without the engine having had time to run much further."""
-    await engine.check_integrity()  # behind whatever clean-up is queued
-    stats = engine.stats()
-    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
-    assert stats.recompiles == 0
 
 
 # Streams
@@ -258,9 +215,11 @@ def test_a_bad_request_is_refused_alone(shared):
         results = await asyncio.gather(
             bad, collect(shared, PROMPT, greedy(3), "good"), return_exceptions=True
         )
-        assert isinstance(results[0], RequestError)
-        assert "9999" in str(results[0])
-        assert len(tokens(results[1])) == 3
+        refused, served = results
+        assert isinstance(refused, RequestError)
+        assert "9999" in str(refused)
+        assert not isinstance(served, BaseException)
+        assert len(tokens(served)) == 3
         await check_idle(shared)
 
     play(scenario)
@@ -269,7 +228,9 @@ def test_a_bad_request_is_refused_alone(shared):
 # Other weights
 
 
-def test_new_weights_between_two_steps(own, folders):
+def test_new_weights_between_two_steps(folders):
+    own = start(folders[0])
+
     async def scenario():
         await own.wait_ready()
         old = tokens(await collect(own, PROMPT, greedy(8), "old"))
@@ -283,165 +244,47 @@ def test_new_weights_between_two_steps(own, folders):
         return old, new
 
     old, new = play(scenario)
+    own.shutdown()
     other = LLM(str(folders[1]), **SMALL).generate(PROMPT, greedy(8))[0].token_ids
     assert new == other != old
 
 
-# The engine's own faults
+# Embeddings
 
 
-@pytest.mark.parametrize("fault", ["dispatch", "schedule"])
-def test_a_failing_engine_ends_every_stream(own, monkeypatch, caplog, fault):
+def test_embeddings_beside_streams(shared, llm):
+    prompts = [random_prompt(400 + i, n) for i, n in enumerate((1, 30, 100))]
+    vectors = [output.embedding for output in llm.embed(prompts, pooling="mean")]
+    (offline,) = llm.generate(PROMPT, greedy(30))
+
     async def scenario():
-        await own.wait_ready()
-        streams = [own.generate(PROMPT, LONG, request_id=f"f{i}") for i in range(6)]
-        await asyncio.gather(*(anext(s) for s in streams[:4]))
-        waiting = [asyncio.create_task(anext(s)) for s in streams[4:]]  # these have no slot
-        await asyncio.sleep(0)
+        await shared.wait_ready()
+        assert shared.embedding_size == len(vectors[0])
+        text = asyncio.create_task(collect(shared, PROMPT, greedy(30), "text"))
+        pooling = PoolingParams("mean")
+        many = [shared.embed(p, pooling, request_id=f"e{i}") for i, p in enumerate(prompts)]
+        found = await asyncio.gather(*many)
+        (last,) = llm.embed(prompts[1])
+        by_default = await shared.embed(prompts[1], request_id="default")
+        np.testing.assert_allclose(by_default, last.embedding, atol=1e-5)
+        assert tokens(await text) == offline.token_ids
+        await check_idle(shared)
+        return found
 
-        def broken(*_):
-            raise OSError("the device is gone")
-
-        target = own.engine.runner if fault == "dispatch" else own.engine.scheduler
-        monkeypatch.setattr(target, fault, broken)
-        for stream in streams[:4]:
-            with pytest.raises(EngineDeadError, match="the device is gone"):
-                async for _ in stream:
-                    pass
-        for task in waiting:
-            with pytest.raises(EngineDeadError, match="the device is gone"):
-                await task
-        assert not own.is_healthy
-        assert not own.is_ready
-        assert "the device is gone" in (own.error or "")
-        # Whoever comes later is told at once.
-        for later in (collect(own, PROMPT, LONG, "later"), own.abort("f0"), own.check_integrity()):
-            with pytest.raises(EngineDeadError, match="the device is gone"):
-                await later
-        # A drain has nothing left to wait for.
-        await own.drain(30.0)
-
-    with caplog.at_level(logging.CRITICAL, "jinfer"):
-        play(scenario)
-    own.shutdown()  # returns when the thread has closed the books
-    stats = own.stats()
-    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
-    own.engine.check_integrity()
+    for found, vector in zip(play(scenario), vectors, strict=True):
+        np.testing.assert_allclose(found, vector, atol=1e-5)
 
 
-def test_shutdown_ends_streams_and_later_calls(own):
+def test_an_embedding_can_be_cancelled_and_refused(shared):
     async def scenario():
-        await own.wait_ready()
-        stream = own.generate(PROMPT, LONG, request_id="r")
-        await anext(stream)
-        await asyncio.to_thread(own.shutdown)
-        with pytest.raises(EngineDeadError, match="shut down"):
-            async for _ in stream:
-                pass
-        with pytest.raises(EngineDeadError, match="shut down"):
-            await collect(own, PROMPT, LONG, "later")
+        await shared.wait_ready()
+        with pytest.raises(RequestError, match="prompt is empty"):
+            await shared.embed([], request_id="bad")
+        task = asyncio.create_task(shared.embed(random_prompt(1, 200), request_id="e"))
+        await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await check_idle(shared)
 
     play(scenario)
-    assert not own.is_healthy
-    assert own.error is None
-    own.engine.check_integrity()
-
-
-# Draining
-
-
-def test_drain_lets_running_requests_end(own):
-    async def scenario():
-        await own.wait_ready()
-        task = asyncio.create_task(collect(own, PROMPT, greedy(60), "running"))
-        await asyncio.sleep(0)
-        drain = asyncio.create_task(own.drain(WAIT))
-        await asyncio.sleep(0)
-        assert not own.is_ready
-        assert own.is_healthy
-        with pytest.raises(EngineDeadError, match="takes no more requests"):
-            await collect(own, PROMPT, LONG, "late")
-        await drain
-        deltas = await task
-        assert len(tokens(deltas)) == 60
-        assert deltas[-1].finish_reason is FinishReason.LENGTH
-        await check_idle(own)
-
-    play(scenario)
-
-
-def test_drain_aborts_what_takes_too_long(own, monkeypatch):
-    async def scenario():
-        await own.wait_ready()
-        real = own.engine.runner.dispatch
-
-        def slow(batch):
-            time.sleep(0.02)
-            return real(batch)
-
-        monkeypatch.setattr(own.engine.runner, "dispatch", slow)
-        # The last two wait for a slot all the time.
-        tasks = [asyncio.create_task(collect(own, PROMPT, LONG, f"r{i}")) for i in range(6)]
-        await asyncio.sleep(0)
-        begin = time.monotonic()
-        await own.drain(0.5)
-        assert 0.5 <= time.monotonic() - begin < 4.0  # 200 steps take longer
-        for task in tasks:
-            deltas = await task
-            assert deltas[-1].finish_reason is FinishReason.ABORT
-            assert len(tokens(deltas)) < 200
-        await check_idle(own)
-
-    play(scenario)
-
-
-# Starting
-
-
-def test_a_missing_model_is_told_to_whoever_waits(tmp_path):
-    engine = start(tmp_path / "nowhere")
-
-    async def scenario():
-        for _ in range(2):
-            with pytest.raises(ModelError, match="nowhere"):
-                await engine.wait_ready()
-        with pytest.raises(EngineDeadError, match="could not start"):
-            await collect(engine, PROMPT, LONG, "r")
-        with pytest.raises(EngineDeadError, match="could not start"):
-            engine.stats()
-        await engine.drain(1.0)
-
-    play(scenario)
-    assert not engine.is_healthy
-    assert not engine.is_ready
-    assert "nowhere" in (engine.error or "")
-    engine.shutdown()
-
-
-def test_requests_sent_while_it_loads_are_served_then(own):
-    async def scenario():
-        deltas = await collect(own, PROMPT, greedy(4), "early")
-        assert len(tokens(deltas)) == 4
-        assert own.is_ready
-
-    play(scenario)
-
-
-def test_nothing_compiles_while_serving(folders):
-    engine = start(folders[0], warmup=True)
-
-    async def scenario():
-        await engine.wait_ready()
-        kinds = [
-            greedy(9, n=2),
-            greedy(5, prompt_logprobs=1, logprobs=1),
-            SamplingParams(
-                seed=1, repetition_penalty=1.2, logit_bias={3: 1.0}, stop_token_ids=(9,), min_tokens=3
-            ),
-        ]
-        requests = [(random_prompt(i, 1 + 9 * i), kinds[i % 3]) for i in range(9)]
-        await asyncio.gather(*(collect(engine, *r, f"w{i}") for i, r in enumerate(requests)))
-        await check_idle(engine)  # its recompiles are 0
-
-    play(scenario)
-    engine.shutdown()
