@@ -26,7 +26,9 @@ class Heads:
     def share(self, devices: int) -> Heads:
         """What one device has when heads are split `devices` ways."""
         if self.heads % devices or self.kv_heads % devices:
-            raise ValueError(f"{self.model}: {self.heads} and {self.kv_heads} heads do not divide by {devices}")
+            raise ValueError(
+                f"{self.model}: {self.heads} and {self.kv_heads} heads do not divide by {devices}"
+            )
         name = f"{self.model} / {devices}"
         return replace(self, model=name, heads=self.heads // devices, kv_heads=self.kv_heads // devices)
 
@@ -158,7 +160,9 @@ def _paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
 
     shape, tokens, name = case.heads, num_tokens(case), case.implementation
     pages = case.rows * -(-case.context // case.page_size) + 1
-    pool = pa.kv_shape(pages, case.page_size, shape.kv_heads, shape.head_dim, case.kv_dtype, implementation=name)
+    pool = pa.kv_shape(
+        pages, case.page_size, shape.kv_heads, shape.head_dim, case.kv_dtype, implementation=name
+    )
 
     def step(q, k, v, kv, batch, page_offset):
         plan = pa.prepare(batch, kv, tokens, implementation=name)
@@ -171,7 +175,10 @@ def _paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
     return step, [q, new, new, pool, batch_shapes(case), _shape(dtype="int32")], (3,)
 
 
-JAX_BLOCKS = {"decode": (1, 512), "mixed": (32, 512)}  # queries and KV tokens: the best of its own tuned sizes here
+JAX_BLOCKS = {
+    "decode": (1, 512),
+    "mixed": (32, 512),
+}  # queries and KV tokens: the best of its own tuned sizes here
 
 
 def _jax_paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:

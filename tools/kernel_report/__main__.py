@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description="Static cost of kernels.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.kernel_report", description="Static cost of kernels."
+    )
     parser.add_argument("--target", default="v5e,v6e,tpu7x", help=f"from {', '.join(targets.TARGETS)}")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--implementation", default="", help="only these, comma separated: tpu, gpu, jax")

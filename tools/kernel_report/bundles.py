@@ -24,16 +24,19 @@ _STORE = re.compile(r"(?:\{|;;)\s*%\S+ = dma\.vmem_to_hbm ")
 _WAIT = re.compile(r"(?:\{|;;)\s*%\S+ = dma\.done\.wait ")
 _MATMUL = re.compile(r"\bvmatmul\.\w+\.(\w+)\.")
 ROWS_PER_MATMUL = {"f32": 8, "bf16": 16}  # one register of rows streams through; 32 of the 8-bit types
+_BRANCH = re.compile(r"sbr\.rel \(!?%\S+\) target = \$region(\d+)")
+_REGION = re.compile(r"region (\d+)")
 _CAPACITY = "== CAPA"  # the compiler's own spelling of the rest of the line varies
 
 
 @dataclass
-class Loop:
-    """One loop body, or (at depth 0) the code outside of all loops. Counts are its own: inner loops are apart.
+class Region:
+    """A loop body, a branch's body, or (the root) the whole kernel. Counts are its own: inner regions are apart.
 
     Attributes:
-      start: address of its first bundle.
-      bundles: issued per iteration, empty ones too.
+      start, end: its bundles, half open, counted from the kernel's first.
+      is_loop: its end leads back to its start; else a branch may pass it over.
+      bundles: issued in it, empty ones too.
       fetches, fetched_granules: copies from HBM started, and their granules where the compiler knew them.
       stores, waits: copies to HBM started, waits for copies.
       matmul_rows: rows that matrix instructions stream through a matrix unit.
@@ -41,7 +44,8 @@ class Loop:
     """
 
     start: int
-    depth: int
+    end: int
+    is_loop: bool
     bundles: int = 0
     fetches: int = 0
     fetched_granules: int = 0
@@ -49,22 +53,24 @@ class Loop:
     waits: int = 0
     matmul_rows: int = 0
     units: dict[str, int] = field(default_factory=dict)
-    inner: list[Loop] = field(default_factory=list)
+    inner: list[Region] = field(default_factory=list)
 
-    def walk(self) -> Iterator[Loop]:
-        """Itself and all loops in it."""
+    def walk(self) -> Iterator[Region]:
+        """Itself and all regions in it."""
         yield self
-        for loop in self.inner:
-            yield from loop.walk()
+        for region in self.inner:
+            yield from region.walk()
 
-    @property
-    def total_bundles(self) -> int:
-        """With every inner loop passed once."""
-        return sum(loop.bundles for loop in self.walk())
+    def total(self, count: str) -> int:
+        """A count with all regions in it, each passed once."""
+        return sum(getattr(region, count) for region in self.walk())
 
-    @property
-    def total_matmul_rows(self) -> int:
-        return sum(loop.matmul_rows for loop in self.walk())
+    def units_total(self) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for region in self.walk():
+            for unit, used in region.units.items():
+                totals[unit] = totals.get(unit, 0) + used
+        return totals
 
 
 @dataclass(frozen=True)
@@ -75,49 +81,84 @@ class Utilization:
     used: list[tuple[int, ...]]
 
 
-def parse_bundles(lines: Iterable[str], utilization: Utilization | None = None) -> Loop:
-    """The tree of a kernel's loops.
+def parse_bundles(lines: Iterable[str], utilization: Utilization | None = None) -> Region:
+    """The tree of a kernel's loops and branches.
 
     Raises:
       ValueError: the text holds no bundles, or the two files are not of the same program.
     """
-    root = Loop(0, 0)
-    open_loops = [root]
-    index = -1
-    for line in lines:
-        found = _BUNDLE.match(line)
-        if found is None:
-            continue
-        index += 1
-        address, mark, depth = int(found[1], 16), found[2], found[3].count(">")
-        if depth or "{}" not in line:
-            del open_loops[depth + 1 :]
-            if mark == "LB" and len(open_loops) == depth + 1:  # the next loop at the same depth
-                open_loops.pop()
-            while len(open_loops) <= depth:
-                loop = Loop(address, len(open_loops))
-                open_loops[-1].inner.append(loop)
-                open_loops.append(loop)
-        _count(open_loops[-1], line, utilization, index)
-    if index < 0:
+    found = [(match, line) for line in lines if (match := _BUNDLE.match(line))]
+    if not found:
         raise ValueError("no bundles in the dump: the compiler's format is not the one this was written for")
-    if utilization is not None and len(utilization.used) != index + 1:
-        raise ValueError(f"{index + 1} bundles and {len(utilization.used)} lines of utilization")
+    if utilization is not None and len(utilization.used) != len(found):
+        raise ValueError(f"{len(found)} bundles and {len(utilization.used)} lines of utilization")
+    root = Region(0, len(found), is_loop=False)
+    for region in sorted([*_loops(found), *_branches(found)], key=lambda region: (region.start, -region.end)):
+        _insert(root, region)
+    for index, (_, line) in enumerate(found):
+        _count(_innermost(root, index), line, utilization.capacity if utilization else {}, utilization, index)
     return root
 
 
-def _count(loop: Loop, line: str, utilization: Utilization | None, index: int) -> None:
-    loop.bundles += 1
+def _loops(found: list[tuple[re.Match[str], str]]) -> Iterator[Region]:
+    open_loops: list[int] = []  # where each depth's loop began
+    for index, (match, line) in enumerate(found):
+        depth = match[3].count(">")
+        if not depth and "{}" in line:
+            continue
+        keep = depth - 1 if match[2] == "LB" else depth
+        while len(open_loops) > keep:
+            yield Region(open_loops.pop(), index, is_loop=True)
+        while len(open_loops) < depth:
+            open_loops.append(index)
+    while open_loops:
+        yield Region(open_loops.pop(), len(found), is_loop=True)
+
+
+def _branches(found: list[tuple[re.Match[str], str]]) -> Iterator[Region]:
+    ends = {
+        int(number): index
+        for index, (match, line) in enumerate(found)
+        if match[2] == "PF"
+        for number in _REGION.findall(line)
+    }
+    for index, (_, line) in enumerate(found):
+        for number in _BRANCH.findall(line):
+            end = ends.get(int(number), 0)
+            if end > index + 1:
+                yield Region(index + 1, end, is_loop=False)
+
+
+def _insert(parent: Region, region: Region) -> None:
+    """Puts a region where it belongs. Regions come by their start; one that crosses another's end is left out."""
+    if parent.inner and region.start < parent.inner[-1].end:
+        if region.end <= parent.inner[-1].end:
+            _insert(parent.inner[-1], region)
+        return
+    parent.inner.append(region)
+
+
+def _innermost(region: Region, index: int) -> Region:
+    for inner in region.inner:
+        if inner.start <= index < inner.end:
+            return _innermost(inner, index)
+    return region
+
+
+def _count(
+    region: Region, line: str, units: Iterable[str], utilization: Utilization | None, index: int
+) -> None:
+    region.bundles += 1
     for fetch in _FETCH.finditer(line):
-        loop.fetches += 1
-        loop.fetched_granules += int(fetch[1]) if fetch[1] != "%" else 0
-    loop.stores += len(_STORE.findall(line))
-    loop.waits += len(_WAIT.findall(line))
+        region.fetches += 1
+        region.fetched_granules += int(fetch[1]) if fetch[1] != "%" else 0
+    region.stores += len(_STORE.findall(line))
+    region.waits += len(_WAIT.findall(line))
     for dtype in _MATMUL.findall(line):
-        loop.matmul_rows += ROWS_PER_MATMUL.get(dtype, 32)
-    if utilization is not None and index < len(utilization.used):
-        for unit, used in zip(utilization.capacity, utilization.used[index]):
-            loop.units[unit] = loop.units.get(unit, 0) + used
+        region.matmul_rows += ROWS_PER_MATMUL.get(dtype, 32)
+    if utilization is not None:
+        for unit, used in zip(units, utilization.used[index]):
+            region.units[unit] = region.units.get(unit, 0) + used
 
 
 def parse_utilization(lines: Iterable[str]) -> Utilization:
@@ -137,7 +178,7 @@ def parse_utilization(lines: Iterable[str]) -> Utilization:
     return Utilization(dict(zip(names, map(int, slots))), used)
 
 
-def read_kernel(folder: Path, name: str) -> tuple[Loop, Utilization]:
+def read_kernel(folder: Path, name: str) -> tuple[Region, Utilization]:
     """The dumped kernel whose name in the program starts with `name`; the largest, where several do.
 
     Raises:
@@ -173,12 +214,34 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\[\]*?])", r"[\1]", text)
 
 
-def hot_loop(root: Loop) -> Loop:
+def hot_loop(root: Region) -> Region:
     """The loop over KV blocks: the innermost one that streams the most rows through the matrix units.
 
     A kernel may hold several (for full and for masked blocks, for decode and for mixed steps); the busiest wins.
     """
-    loops = [loop for loop in root.walk() if loop.depth]
+    loops = [region for region in root.walk() if region.is_loop]
     if not loops:
         raise ValueError("the kernel has no loop")
-    return max(loops, key=lambda loop: (loop.matmul_rows, loop.depth, loop.bundles))
+    direct = {id(loop): _matmul_rows(loop) for loop in loops}
+    return max(loops, key=lambda loop: (direct[id(loop)], -loop.total("bundles")))
+
+
+def _matmul_rows(loop: Region) -> int:
+    """Of the loop and its branches, without the loops in it."""
+    return loop.matmul_rows + sum(_matmul_rows(region) for region in loop.inner if not region.is_loop)
+
+
+def steady_pass(loop: Region) -> list[Region]:
+    """What a pass in the middle of the work issues: the loop's own bundles and the branches that then are taken.
+
+    Of branches with matrix work the busiest one is taken, the shortest of equally busy ones (blocks that need no
+    mask). Branches without matrix work are taken when they fetch; the others open or close a tile of queries.
+    """
+    parts = [loop]
+    working = [region for region in loop.inner if region.total("matmul_rows")]
+    if working:
+        parts += steady_pass(max(working, key=lambda r: (r.total("matmul_rows"), -r.total("bundles"))))
+    for region in loop.inner:
+        if not region.total("matmul_rows") and (region.is_loop or region.total("fetches")):
+            parts += list(region.walk())
+    return parts

@@ -11,7 +11,9 @@ import sys
 import time
 
 # `%name = bf16[...] custom-call(...), custom_call_target="tpu_custom_call"`
-_KERNEL = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = .*custom_call_target=\"(?:tpu_custom_call|mosaic_gpu[\w.]*)\"", re.M)
+_KERNEL = re.compile(
+    r"^\s*(?:ROOT )?%([\w.\-]+) = .*custom_call_target=\"(?:tpu_custom_call|mosaic_gpu[\w.]*)\"", re.M
+)
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tools.kernel_cases import Case
-from tools.kernel_report.bundles import GRANULE_BYTES, Loop, Utilization, hot_loop
+from tools.kernel_report.bundles import GRANULE_BYTES, Region, Utilization, hot_loop, steady_pass
 from tools.targets import TPUTarget
 
 SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
@@ -16,8 +16,8 @@ class Cost:
     """One kernel's hot loop.
 
     Attributes:
-      bundles: issued per pass: cycles, with every wait left out. Inner loops are passed once.
-      around: the loop around it, with one pass of this one.
+      bundles: issued per pass (see `steady_pass`): cycles, with every wait left out. Inner loops are passed once.
+      all_bundles: with every branch taken.
       tokens: KV tokens that a pass fetches; None where the text does not tell.
       fetched_bytes: copied from HBM per pass.
       fetch_cycles: what that takes at the chip's bandwidth.
@@ -28,7 +28,7 @@ class Cost:
     """
 
     bundles: int
-    around: int
+    all_bundles: int
     tokens: int | None
     fetched_bytes: int
     fetch_cycles: float
@@ -51,30 +51,34 @@ class Cost:
         return self.bundles * pairs / self.pairs if self.pairs else None
 
 
-def cost_of(root: Loop, utilization: Utilization, case: Case, target: TPUTarget) -> Cost:
+def cost_of(root: Region, utilization: Utilization, case: Case, target: TPUTarget) -> Cost:
     hot = hot_loop(root)
-    outer = _parent(root, hot)
-    fetched = sum(loop.fetched_granules for loop in hot.walk()) * GRANULE_BYTES
-    bundles = hot.total_bundles
-    rows = hot.total_matmul_rows
-    used = {
-        unit: sum(loop.units.get(unit, 0) for loop in hot.walk()) / (slots * bundles)
-        for unit, slots in utilization.capacity.items()
-    }
+    parts = steady_pass(hot)
+
+    def total(count: str) -> int:
+        return sum(getattr(region, count) for region in parts)
+
+    fetched = total("fetched_granules") * GRANULE_BYTES
+    bundles, rows = total("bundles"), total("matmul_rows")
+    used = {unit: sum(region.units.get(unit, 0) for region in parts) for unit in utilization.capacity}
     # A row streams once through a tile for q k^T and once for p v; each tile is mxu_size keys wide and as many
     # numbers of the head deep.
     passes = 2 * -(-case.heads.head_dim // target.mxu_size)
     rows_per_cycle = target.flops_per_cycle / (2 * target.mxu_size**2)
     return Cost(
         bundles=bundles,
-        around=outer.total_bundles,
+        all_bundles=hot.total("bundles"),
         tokens=round(fetched / bytes_per_token(case)) or None,
         fetched_bytes=fetched,
         fetch_cycles=fetched / target.bytes_per_cycle,
         pairs=rows * target.mxu_size // passes,
         mxu_share=rows / rows_per_cycle / bundles,
-        units={unit: share for unit, share in used.items() if unit not in SPILLS},
-        spills=sum(loop.units.get(unit, 0) for loop in hot.walk() for unit in SPILLS) / bundles,
+        units={
+            unit: used[unit] / (slots * bundles)
+            for unit, slots in utilization.capacity.items()
+            if unit not in SPILLS
+        },
+        spills=sum(used.get(unit, 0) for unit in SPILLS) / bundles,
     )
 
 
@@ -82,7 +86,3 @@ def bytes_per_token(case: Case) -> int:
     """Of the keys and values of one position, with the head size as the chip pads it."""
     width = -(-case.heads.head_dim // 128) * 128
     return 2 * case.heads.kv_heads * width * {"float32": 4, "bfloat16": 2}.get(case.kv_dtype, 1)
-
-
-def _parent(root: Loop, child: Loop) -> Loop:
-    return next(loop for loop in root.walk() if any(inner is child for inner in loop.inner))

@@ -10,7 +10,8 @@ from tools.kernel_cases import Case
 from tools.targets import GPUTarget, run_child
 
 HEADER = (
-    "| kernel | registers | spilled bytes | shared memory bytes | HGMMA | UTMALDG | UTMASTG |\n|---|---|---|---|---|---|---|"
+    "| kernel | registers | spilled bytes | shared memory bytes | HGMMA | UTMALDG | UTMASTG |\n"
+    "|---|---|---|---|---|---|---|"
 )
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -46,10 +47,14 @@ def read_dump(case: Case, ptxas: Path) -> Row:
     registers = [int(count) for count in _REGISTERS.findall(said)]
     spills = [int(stores) + int(loads) for stores, loads in _SPILLS.findall(said)]
     if not registers:
-        raise ValueError(f"{ptxas.name} names no registers: the compiler's format is not the one this was written for")
+        raise ValueError(
+            f"{ptxas.name} names no registers: the compiler's format is not the one this was written for"
+        )
     stem = ptxas.with_suffix("")
     code = "".join(file.read_text() for file in sorted(stem.parent.glob(f"{stem.name}*.sass")))
-    notes = "".join(file.read_text() for file in sorted(stem.parent.glob(f"{stem.name}*")) if file.suffix != ".sass")
+    notes = "".join(
+        file.read_text() for file in sorted(stem.parent.glob(f"{stem.name}*")) if file.suffix != ".sass"
+    )
     shared = [int(a or b) for a, b in _SHARED.findall(notes)]
     return Row(
         case=case,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.kernel_cases import Case
-from tools.kernel_report.bundles import GRANULE_BYTES, Loop, read_kernel
+from tools.kernel_report.bundles import GRANULE_BYTES, Region, read_kernel
 from tools.kernel_report.cost import Cost, cost_of
 from tools.targets import TPUTarget, run_child
 
@@ -15,9 +15,9 @@ DECODE_TOKENS = 1024
 PREFILL_QUERIES, PREFILL_TOKENS = 128, 512
 
 HEADER = (
-    "| kernel | by | bundles per pass | KV tokens fetched | fetch cycles | compute / fetch "
+    "| kernel | by | bundles per pass | with every branch | KV tokens fetched | fetch cycles | compute / fetch "
     f"| bundles per {DECODE_TOKENS:,} KV tokens | bundles per {PREFILL_QUERIES} x {PREFILL_TOKENS} | MXU busy "
-    "| VALU | EUP | spills per bundle |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| VALU | EUP | spills per bundle |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -39,21 +39,20 @@ def measure(case: Case, target: TPUTarget, folder: Path, *, loops: bool = False)
         if loops:
             print(f"{target.name} {case.name} ({case.implementation}), {kernel}", file=sys.stderr)
             print(loop_tree(root), file=sys.stderr)
-        if root.total_matmul_rows:
+        if root.total("matmul_rows"):
             rows.append(Row(case, kernel, cost_of(root, utilization, case, target)))
     return rows
 
 
-def loop_tree(root: Loop) -> str:
-    lines = []
-    for loop in root.walk():
-        spills = sum(count for unit, count in loop.units.items() if ":" in unit)
-        lines.append(
-            f"{'  ' * loop.depth}at {loop.start:#x}: {loop.bundles} bundles of its own, {loop.total_bundles} in all; "
-            f"{loop.fetches} fetches of {loop.fetched_granules * GRANULE_BYTES:,} bytes, {loop.waits} waits, "
-            f"{loop.stores} stores, {loop.matmul_rows} matmul rows, {spills} spills and refills"
-        )
-    return "\n".join(lines)
+def loop_tree(region: Region, indent: str = "") -> str:
+    spills = sum(count for unit, count in region.units_total().items() if ":" in unit)
+    line = (
+        f"{indent}{'loop' if region.is_loop else 'branch'} at {region.start:#x}: {region.bundles} bundles of its own, "
+        f"{region.total('bundles')} in all; {region.fetches} fetches of "
+        f"{region.fetched_granules * GRANULE_BYTES:,} bytes, {region.waits} waits, {region.stores} stores, "
+        f"{region.total('matmul_rows')} matmul rows, {spills} spills and refills"
+    )
+    return "\n".join([line, *(loop_tree(inner, indent + "  ") for inner in region.inner)])
 
 
 def table(rows: list[Row]) -> str:
@@ -68,6 +67,7 @@ def _line(row: Row) -> str:
         case.name,
         case.implementation,
         f"{cost.bundles:,}",
+        f"{cost.all_bundles:,}",
         _number(cost.tokens),
         _number(cost.fetch_cycles or None),
         _ratio(cost.over_fetch),
