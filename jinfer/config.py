@@ -92,6 +92,9 @@ class EngineConfig:
     enable_prefix_caching: bool = option(True, "share the KV pages of equal prompt beginnings")
     async_scheduling: bool = option(True, "dispatch a step before the last one's tokens are read")
     tensor_parallel_size: int = option(1, "devices that share each layer", low=1, high=1024)
+    enable_expert_parallel: bool = option(
+        False, "give each of those devices whole experts of a mixture, instead of a part of each"
+    )
     layer_loop: str = option(
         "auto", "scan over stacked layers or unroll; auto: scan on TPU", choices=("auto", "scan", "unroll")
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jinfer.errors import ConfigError
 
@@ -26,27 +26,34 @@ RULES: dict[str, str | None] = {
     "kv_heads": "tensor",
     "feed_forward": "tensor",
     "experts": "expert",
+    "experts_over_tensor": "tensor",
 }
 
 
-def make_mesh(tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh whose first `tensor` devices share each layer.
+def make_mesh(tensor: int = 1, devices: Sequence[jax.Device] | None = None, *, expert: int = 1) -> Mesh:
+    """A mesh of the first `tensor * expert` devices: `tensor` share each layer, `expert` such sets part its experts.
 
     Raises:
       ConfigError: fewer devices than that.
     """
     found = list(devices) if devices is not None else jax.devices()
-    if tensor > len(found):
+    if tensor * expert > len(found):
         raise ConfigError(
-            f"tensor_parallel_size is {tensor} and {len(found)} {found[0].platform} device(s) are there: "
+            f"tensor_parallel_size is {tensor * expert} and {len(found)} {found[0].platform} device(s) are there: "
             "lower it, or on CPU set it before jax starts so that virtual devices can be made"
         )
-    shape = tuple(tensor if axis == "tensor" else 1 for axis in MESH_AXES)
-    return Mesh(np.asarray(found[:tensor]).reshape(shape), MESH_AXES)
+    shape = abstract_mesh(tensor, expert).axis_sizes
+    return Mesh(np.asarray(found[: tensor * expert]).reshape(shape), MESH_AXES)
+
+
+def abstract_mesh(tensor: int = 1, expert: int = 1) -> AbstractMesh:
+    """The shape of such a mesh, for `shard_map` in code that does not know the devices."""
+    sizes = {"tensor": tensor, "expert": expert}
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
 
 def partition_spec(
-    axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Mesh | None = None
+    axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Mesh | AbstractMesh | None = None
 ) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions carry these logical axes (None: replicated).
 

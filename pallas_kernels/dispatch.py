@@ -49,10 +49,13 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._members))
 
-    def choose(self, implementation: str, why_not: Callable[[T], str | None]) -> tuple[str, T]:
+    def choose(
+        self, implementation: str, why_not: Callable[[T], str | None], platform: str | None = None
+    ) -> tuple[str, T]:
         """Returns the name and the implementation to run.
 
         `why_not(member)` returns None when the member can serve the call, else a sentence with the reason.
+        `platform` is where the call will run, if not where jax places it: it may be compiled for a device elsewhere.
 
         Raises:
           ImplementationError: the named implementation is unknown or refuses, or automatic choice found none.
@@ -69,10 +72,9 @@ class Registry(Generic[T]):
                     f"{self.op}: implementation {implementation!r} cannot serve: {reason}"
                 )
             return implementation, member
-        return self._first(self._auto_order(), why_not)
+        return self._first(self._auto_order(platform or current_platform()), why_not)
 
-    def _auto_order(self) -> tuple[str, ...]:
-        platform = current_platform()
+    def _auto_order(self, platform: str) -> tuple[str, ...]:
         order = self.platform_order.get(platform, self.platform_order["*"])
         return tuple(name for name in order if name in self._members)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import nnx
@@ -32,7 +33,7 @@ class MLPSpec:
     bias: bool = False
 
     def make(self, build: Build, embed: int) -> GatedMLP | PlainMLP:
-        """The module: x [T, E] -> [T, E]."""
+        """The module: x [T, E] -> [T, E]. It takes padded tokens as they are: `live` changes nothing."""
         return (GatedMLP if self.gated else PlainMLP)(build, embed, self)
 
 
@@ -45,7 +46,7 @@ class GatedMLP(nnx.Module):
         self.down = Linear(build, (embed,), (width,), ("embed",), ("feed_forward",), bias=spec.bias)
         self.activation = spec.activation
 
-    def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    def __call__(self, x: Float[Array, "T E"], live: Any = None) -> Float[Array, "T E"]:
         both = self.gate_up(x)
         return self.down(ACTIVATIONS[self.activation](both[:, 0]) * both[:, 1])
 
@@ -59,5 +60,5 @@ class PlainMLP(nnx.Module):
         self.down = Linear(build, (embed,), (width,), ("embed",), ("feed_forward",), bias=spec.bias)
         self.activation = spec.activation
 
-    def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    def __call__(self, x: Float[Array, "T E"], live: Any = None) -> Float[Array, "T E"]:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))

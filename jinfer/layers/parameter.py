@@ -18,12 +18,18 @@ class Build:
     dtype: of weights and activations.
     weight_first: compute w @ x.T instead of x @ w.T. XLA's CPU matmul runs up to twice as fast this way at few rows.
     tensor_parallel: devices that share each layer; KV heads are replicated up to it.
+    expert_parallel: sets of such devices that part the experts of a mixture among them.
+    experts_over_tensor: the devices that share a layer hold whole experts, instead of a part of each.
+    platform: "cpu", "gpu" or "tpu", where the model runs; None: where jax runs by default.
     stack: None, or the number of layers that every parameter holds in a leading dimension, for `lax.scan`.
     """
 
     dtype: Any = jnp.float32
     weight_first: bool = True
     tensor_parallel: int = 1
+    expert_parallel: int = 1
+    experts_over_tensor: bool = False
+    platform: str | None = None
     stack: int | None = None
 
 

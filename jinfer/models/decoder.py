@@ -48,12 +48,16 @@ class Decoder(nnx.Module):
         attend: Attend,
         cache: Any,
         lengths: Int[Array, "T"] | None = None,
+        live: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "T E"], Any]:
-        """Hidden states after the final norm, and the cache as `attend` left it. `lengths`: see `Rotary.tables`."""
+        """Hidden states after the final norm, and the cache as `attend` left it.
+
+        lengths: see `Rotary.tables`. live: tokens from it on are padding; None: all are real.
+        """
         tables = {rotary: rotary.tables(positions, lengths) for rotary in self.config.rotaries}
 
         def body(layer: DecoderLayer, index: LayerIndex, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            return layer(carry[0], tables, attend, carry[1], index)
+            return layer(carry[0], tables, attend, carry[1], index, live)
 
         x = embed(self.embedding[...], tokens)
         if self.config.embedding_multiplier != 1.0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jinfer.layers.attention import Attend, KVKind, LayerIndex, RotaryTables
 from jinfer.layers.norm import NormSpec
@@ -30,7 +30,7 @@ class FeedForwardKind(Protocol):
     """What the decoder asks of a feed-forward block's description: frozen and hashable, like `MLPSpec`."""
 
     def make(self, build: Build, embed: int) -> nnx.Module:
-        """A module x [T, E] -> [T, E]."""
+        """A module (x [T, E], live) -> [T, E]; tokens from `live` on are padding, None: all are real."""
         ...
 
 
@@ -68,15 +68,21 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = norm(spec.post_norm)
 
     def __call__(
-        self, x: Float[Array, "T E"], tables: RotaryTables, attend: Attend, cache: Any, layer: LayerIndex
+        self,
+        x: Float[Array, "T E"],
+        tables: RotaryTables,
+        attend: Attend,
+        cache: Any,
+        layer: LayerIndex,
+        live: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "T E"], Any]:
         entry = _apply(self.attention_norm, x)
         y, cache = self.attention(entry, tables, attend, cache, layer)
         y = self._scaled(_apply(self.attention_post_norm, y))
         if self.spec.parallel:
-            return x + y + self._scaled(_apply(self.mlp_post_norm, self.mlp(entry))), cache
+            return x + y + self._scaled(_apply(self.mlp_post_norm, self.mlp(entry, live))), cache
         x = x + y
-        return x + self._scaled(_apply(self.mlp_post_norm, self.mlp(_apply(self.mlp_norm, x)))), cache
+        return x + self._scaled(_apply(self.mlp_post_norm, self.mlp(_apply(self.mlp_norm, x), live))), cache
 
     def _scaled(self, y: Array) -> Array:
         factor = self.spec.residual_multiplier

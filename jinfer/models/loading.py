@@ -73,6 +73,8 @@ def make_spec(config: ModelConfig, engine: EngineConfig, platform: str) -> Model
             dtype=compute_dtype(engine.dtype, config.dtype, platform),
             weight_first=platform == "cpu",
             tensor_parallel=tensor,
+            experts_over_tensor=engine.enable_expert_parallel,
+            platform=platform,
         ),
         scan=loop == "scan" or (loop == "auto" and platform == "tpu"),
     )

@@ -59,6 +59,7 @@ def grouped_matmul(
     *,
     layer: int | jax.Array | None = None,
     implementation: str = AUTO,
+    platform: str | None = None,
 ) -> jax.Array:
     """y[i] = w[g] @ x[i] for every row i of group g, summed in float32.
 
@@ -70,9 +71,12 @@ def grouped_matmul(
       group_sizes: int32[G], none negative, with a sum of at most M.
       layer: if given, w is [L, G, N, K], the weights of a stack of layers, and this is the index of the one to use. A
         kernel reads it in place, where a slice of the stack would be copied first.
+      platform: where it will run ("cpu", "gpu" or "tpu"), if not where jax places it by itself.
 
     Returns:
       [M, N] in x's dtype. Rows that no group owns may hold anything, NaN too: mask them before summing.
+
+    Differentiable in x and w; the gradients are XLA's own.
 
     Raises:
       ValueError: an argument is outside the contract.
@@ -94,11 +98,30 @@ def grouped_matmul(
             f"x has dtype {x.dtype} and w {w.dtype}: they must be the same, one of {list(FLOATS)}"
         )
     problem = Problem(x.shape[0], num_groups, num_out, num_in, x.dtype)
-    name, _ = REGISTRY.choose(implementation, lambda member: member.why_not(problem))
+    name, _ = REGISTRY.choose(implementation, lambda member: member.why_not(problem), platform)
     return _grouped_matmul(x, w, group_sizes, jnp.asarray(layer, jnp.int32), implementation=name)
 
 
 # Jitted here so that the layers of an unrolled step are traced once, not once each.
 @partial(jax.jit, static_argnames=("implementation",))
 def _grouped_matmul(x, w, group_sizes, layer, *, implementation: str):
+    return _differentiable(x, w, group_sizes, layer, implementation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _differentiable(x, w, group_sizes, layer, implementation: str):
     return REGISTRY[implementation].grouped_matmul(x, w, group_sizes, layer)
+
+
+def _forward(x, w, group_sizes, layer, implementation: str):
+    return _differentiable(x, w, group_sizes, layer, implementation), (x, w, group_sizes, layer)
+
+
+def _backward(implementation: str, kept, gradient):
+    # Loops of run-time length and kernels have no gradient of their own.
+    x, w, group_sizes, layer = kept
+    pull = jax.vjp(lambda x, w: xla.grouped_matmul(x, w, group_sizes, layer), x, w)[1]
+    return (*pull(gradient), None, None)
+
+
+_differentiable.defvjp(_forward, _backward)

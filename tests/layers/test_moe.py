@@ -31,9 +31,20 @@ from jinfer.layers.parameter import Build
 from jinfer.mesh import make_mesh, named_sharding
 
 EMBED, WIDTH = 24, 20
-V2 = {"moe_intermediate_size": WIDTH, "n_routed_experts": 12, "num_experts_per_tok": 3, "n_shared_experts": 2}
-V3 = {"moe_intermediate_size": WIDTH, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1}
-GROUPED = {"n_group": 4, "topk_group": 2}
+V2: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "moe_intermediate_size": WIDTH,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+}
+V3: dict[str, Any] = {
+    "moe_intermediate_size": WIDTH,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+}
+GROUPED: dict[str, Any] = {"n_group": 4, "topk_group": 2}
 SHARED = MLPSpec(2 * WIDTH)
 
 # transformers' block, its config, and the spec that should compute the same.
@@ -56,9 +67,7 @@ CASES: dict[str, tuple[Any, Any, MoESpec]] = {
     ),
     "all_experts_for_every_token": (
         Qwen3MoeSparseMoeBlock,
-        Qwen3MoeConfig(
-            hidden_size=EMBED, moe_intermediate_size=WIDTH, num_local_experts=4, num_experts_per_tok=4
-        ),
+        Qwen3MoeConfig(hidden_size=EMBED, moe_intermediate_size=WIDTH, num_experts=4, num_experts_per_tok=4),
         MoESpec(RouterSpec(4, 4), WIDTH),
     ),
     "scaled": (
@@ -241,7 +250,8 @@ def test_routing_is_for_each_token_alone():
 
 def test_gradients_reach_every_weight():
     block, spec = random_block("clamped"), CASES["clamped"][2]
-    spec = replace(spec, router=replace(spec.router, top_k=8))
+    # Without the choice and the limit, whose edges have no slope.
+    spec = replace(spec, router=replace(spec.router, top_k=8), activation=ClampedSwiGLU(1.3, 100.0))
     graph, state = bound(spec, Build(), weights_of(block, spec))
     x = inputs(9)
 
