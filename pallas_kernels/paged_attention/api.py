@@ -12,6 +12,11 @@ through, and never index into it. Donate it to the jitted step and it is updated
         y = attend(q, kv, plan, page_offset=layer * pages_per_layer, scale=head_dim**-0.5)
 
 Under `shard_map` over KV heads every function sees its own heads and nothing else changes.
+
+A pool of int8 or float8_e4m3fn keeps k / k_scale and v / v_scale, with one static scale per layer and KV head (or one
+number for all heads) that the caller knows from calibration. Such a scale costs nothing where it matters: k_scale
+joins the logits' scale and v_scale the output's, so no kernel multiplies keys or values by it, and pages carry no
+scales of their own to fetch.
 """
 
 from __future__ import annotations
@@ -24,15 +29,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import AUTO, ImplementationError, Registry
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention import cpu, reference, xla
 from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 128
 FLOATS = ("float32", "bfloat16")
+QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # and the largest magnitude that each keeps
 
 
 class Implementation(Protocol):
-    """The rooms an implementation's module has. `plan` is whatever its own `prepare` returned."""
+    """The rooms an implementation's module has. `plan` is whatever its own `prepare` returned.
+
+    `kv_partition_spec` gives one spec for every array of its pool. `write_kv` gets k and v in the pool's dtype, already
+    divided by their scales. `attend` gets k_scale and v_scale as float32[K], or None where the pool is not quantized.
+    """
 
     def why_not(self, spec: KVSpec) -> str | None: ...
     def kv_shape(self, spec: KVSpec) -> Any: ...
@@ -41,15 +51,28 @@ class Implementation(Protocol):
     def prepare(self, batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> Any: ...
     def write_kv(self, kv: Any, k: jax.Array, v: jax.Array, plan: Any, *, page_offset) -> Any: ...
     def attend(
-        self, q: jax.Array, kv: Any, plan: Any, *, page_offset, scale, sliding_window, soft_cap, sinks
+        self,
+        q: jax.Array,
+        kv: Any,
+        plan: Any,
+        *,
+        page_offset,
+        scale,
+        sliding_window,
+        soft_cap,
+        sinks,
+        k_scale: jax.Array | None,
+        v_scale: jax.Array | None,
     ) -> jax.Array: ...
 
 
 REGISTRY: Registry[Implementation] = Registry(
-    "paged_attention", platform_order={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "*": ("xla",)}
+    "paged_attention",
+    platform_order={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("cpu", "xla"), "*": ("xla",)},
 )
 REGISTRY.add("reference", cast(Implementation, reference))
 REGISTRY.add("xla", cast(Implementation, xla))
+REGISTRY.add("cpu", cast(Implementation, cpu))
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +100,7 @@ def kv_shape(
     Args:
       num_pages: pages of all layers together: num_layers * pages_per_layer. Page 0 of each layer is its null page.
       page_size: tokens per page, 8 to 128.
-      dtype: of the kept keys and values: float32 or bfloat16.
+      dtype: of the kept keys and values: float32, bfloat16, int8 or float8_e4m3fn.
 
     Raises:
       ValueError: an argument is outside the contract, or the named implementation cannot serve it.
@@ -89,7 +112,7 @@ def kv_shape(
         raise ValueError(
             f"page_size is {page_size!r}: it must be an integer from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}"
         )
-    _check_dtype("dtype", dtype)
+    _check_dtype("dtype", dtype, (*FLOATS, *QUANTIZED))
     spec = KVSpec(num_pages, page_size, num_kv_heads, head_dim, jnp.dtype(dtype))
     return _choose(implementation, spec)[1].kv_shape(spec)
 
@@ -97,13 +120,16 @@ def kv_shape(
 def kv_partition_spec(tensor_axis: str | None, *, kv: Any = None, implementation: str = AUTO) -> Any:
     """A pytree like the pool, of `PartitionSpec`s that shard it by KV head over `tensor_axis`.
 
+    Without `kv` it is one spec for the whole pool, which `shard_map` and `device_put` take as well.
+
     Args:
       kv: the pool or its shape. Needed only with `implementation="auto"` where the platform's first choice does not
         serve the pool, and so did not give it its layout.
     """
     if kv is None:
         return REGISTRY.choose(implementation, lambda member: None)[1].kv_partition_spec(tensor_axis)
-    return _of_pool(kv, implementation)[1].kv_partition_spec(tensor_axis)
+    spec = _of_pool(kv, implementation)[1].kv_partition_spec(tensor_axis)
+    return jax.tree.map(lambda _: spec, kv)
 
 
 def prepare(batch: RaggedBatch, kv: Any, num_tokens: int, *, implementation: str = AUTO) -> StepPlan:
@@ -128,6 +154,8 @@ def write_kv(
     batch: RaggedBatch | StepPlan,
     *,
     page_offset: int | jax.Array,
+    k_scale: float | jax.Array | None = None,
+    v_scale: float | jax.Array | None = None,
     implementation: str = AUTO,
 ) -> Any:
     """Returns the pool with this step's keys and values written into their slots, and nothing else changed.
@@ -137,8 +165,13 @@ def write_kv(
 
     Args:
       kv: the pool; donate it to the jitted step.
-      k, v: [T, K, D], cast to the pool's dtype.
+      k, v: [T, K, D], float32 or bfloat16, cast to the pool's dtype.
       page_offset: layer * pages_per_layer, an int or an int32 scalar (traced is fine).
+      k_scale, v_scale: for a pool of int8 or float8_e4m3fn, and only for one: this layer's scales, a number or
+        float32[K]. Kept is k / k_scale, rounded and clipped to what the dtype holds.
+
+    Raises:
+      ValueError: a shape or dtype does not fit the pool or the batch; scales are missing, or not wanted.
     """
     plan, spec = _planned(kv, batch, k, implementation, "k")
     expected = (plan.num_tokens, spec.num_kv_heads, spec.head_dim)
@@ -148,8 +181,16 @@ def write_kv(
                 f"{name} has shape {value.shape}: with this pool and batch it must be {expected}"
             )
         _check_dtype(name, value.dtype)
+    scales = _scales(spec, k_scale, v_scale)
     return _write_kv(
-        kv, k, v, plan.detail, jnp.asarray(page_offset, jnp.int32), implementation=plan.implementation
+        kv,
+        k,
+        v,
+        plan.detail,
+        jnp.asarray(page_offset, jnp.int32),
+        scales,
+        dtype=spec.dtype,
+        implementation=plan.implementation,
     )
 
 
@@ -163,12 +204,15 @@ def attend(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scale: float | jax.Array | None = None,
+    v_scale: float | jax.Array | None = None,
     implementation: str = AUTO,
 ) -> jax.Array:
     """Causal attention of every query over its own row's pages; `write_kv` of this step comes first.
 
     For a query at position p of its row, over the row's keys j <= p: softmax(soft_cap(scale * q k_j)) v_j in float32.
-    Query head h reads KV head h // (H // K).
+    Query head h reads KV head h // (H // K). With the batch's `tree_mask` a query also skips the new tokens that are
+    not its ancestors; positions, and so the window, stay those of the row's slots.
 
     Args:
       q: [T, H, D], float32 or bfloat16; H a multiple of the pool's K.
@@ -178,9 +222,13 @@ def attend(
       sliding_window: a query sees only the last `sliding_window` keys, its own included.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap), before the mask.
       sinks: [H] logits that take part in each softmax's sum and carry no value.
+      k_scale, v_scale: the scales that `write_kv` was given for this layer; only for a quantized pool.
 
     Returns:
       [T, H, D] in q's dtype. Rows of padded tokens are finite and otherwise anything.
+
+    Raises:
+      ValueError: a shape, dtype or number is outside the contract; scales are missing, or not wanted.
     """
     plan, spec = _planned(kv, batch, q, implementation, "q")
     if q.ndim != 3 or q.shape[0] != plan.num_tokens or q.shape[2] != spec.head_dim:
@@ -206,6 +254,7 @@ def attend(
         plan.detail,
         jnp.asarray(page_offset, jnp.int32),
         sinks,
+        _scales(spec, k_scale, v_scale),
         implementation=plan.implementation,
         scale=float(scale),
         sliding_window=sliding_window,
@@ -216,13 +265,16 @@ def attend(
 # Jitted here so that the layers of an unrolled step are traced once, not once each: the offset is an argument.
 
 
-@partial(jax.jit, static_argnames=("implementation",))
-def _write_kv(kv, k, v, detail, page_offset, *, implementation: str):
+@partial(jax.jit, static_argnames=("dtype", "implementation"))
+def _write_kv(kv, k, v, detail, page_offset, scales, *, dtype, implementation: str):
+    k, v = (_stored(x, scale, dtype) for x, scale in zip((k, v), scales, strict=True))
     return REGISTRY[implementation].write_kv(kv, k, v, detail, page_offset=page_offset)
 
 
 @partial(jax.jit, static_argnames=("implementation", "scale", "sliding_window", "soft_cap"))
-def _attend(q, kv, detail, page_offset, sinks, *, implementation: str, scale, sliding_window, soft_cap):
+def _attend(
+    q, kv, detail, page_offset, sinks, scales, *, implementation: str, scale, sliding_window, soft_cap
+):
     return REGISTRY[implementation].attend(
         q,
         kv,
@@ -232,7 +284,39 @@ def _attend(q, kv, detail, page_offset, sinks, *, implementation: str, scale, sl
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks,
+        k_scale=scales[0],
+        v_scale=scales[1],
     )
+
+
+def _scales(spec: KVSpec, k_scale: Any, v_scale: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    """(k_scale, v_scale) as float32[K], or Nones for a pool that has none."""
+    given = {"k_scale": k_scale, "v_scale": v_scale}
+    if spec.dtype.name not in QUANTIZED:
+        for name, scale in given.items():
+            if scale is not None:
+                raise ValueError(f"{name} is given and the pool keeps {spec.dtype.name}: leave it out")
+        return None, None
+    scales = []
+    for name, scale in given.items():
+        if scale is None:
+            raise ValueError(f"{name} is missing: a pool of {spec.dtype.name} needs this layer's scale")
+        scale = jnp.asarray(scale, jnp.float32)
+        if scale.shape not in ((), (spec.num_kv_heads,)):
+            raise ValueError(
+                f"{name} has shape {scale.shape}: it must be a number or ({spec.num_kv_heads},), one per KV head"
+            )
+        scales.append(jnp.broadcast_to(scale, (spec.num_kv_heads,)))
+    return scales[0], scales[1]
+
+
+def _stored(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """x [T, K, D] as the pool keeps it."""
+    if scale is None:
+        return x.astype(dtype)
+    largest = QUANTIZED[dtype.name]
+    x = jnp.clip(x.astype(jnp.float32) / scale[:, None], -largest, largest)
+    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype)
 
 
 def _choose(implementation: str, spec: KVSpec) -> tuple[str, Implementation]:
@@ -267,9 +351,9 @@ def _planned(
     return batch, _of_pool(kv, batch.implementation)[2]
 
 
-def _check_dtype(name: str, dtype: Any) -> None:
-    if jnp.dtype(dtype).name not in FLOATS:
-        raise ValueError(f"{name} has dtype {jnp.dtype(dtype).name}: it must be one of {list(FLOATS)}")
+def _check_dtype(name: str, dtype: Any, allowed: tuple[str, ...] = FLOATS) -> None:
+    if jnp.dtype(dtype).name not in allowed:
+        raise ValueError(f"{name} has dtype {jnp.dtype(dtype).name}: it must be one of {list(allowed)}")
 
 
 def _check_batch(batch: RaggedBatch, num_tokens: int) -> None:
@@ -286,5 +370,12 @@ def _check_batch(batch: RaggedBatch, num_tokens: int) -> None:
         dtype = getattr(batch, name).dtype
         if dtype != jnp.int32:
             raise ValueError(f"{name} has dtype {dtype}: it must be int32")
+    mask = batch.tree_mask
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != num_tokens or mask.shape[1] < 1):
+        raise ValueError(
+            f"tree_mask has shape {mask.shape}: with {num_tokens} tokens it must be ({num_tokens}, words)"
+        )
+    if mask is not None and mask.dtype != jnp.int32:
+        raise ValueError(f"tree_mask has dtype {mask.dtype}: it must be int32")
     if batch.decode_only and num_tokens != rows:
         raise ValueError(f"decode_only is True with {num_tokens} tokens and {rows} rows: they must be equal")

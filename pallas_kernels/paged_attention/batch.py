@@ -31,6 +31,10 @@ class RaggedBatch:
       num_decode_rows: int32[]. Rows [0, num_decode_rows) have exactly one query token.
       num_rows: int32[]. Live rows.
       decode_only: static. True says that T == R and that every live row has one token.
+      tree_mask: int32[T, W] or None. Bit j % 32 of word j // 32 of a token's mask says that it sees its row's new
+        token j: what a verification row needs whose new tokens are a tree of drafts, each after its parent. A token
+        always sees itself, never a later one, and everything before its row's new tokens. Tokens of rows that are no
+        trees have every bit set (-1). New tokens from 32 * W on are seen by all later ones.
     """
 
     query_starts: jax.Array
@@ -39,6 +43,7 @@ class RaggedBatch:
     num_decode_rows: jax.Array
     num_rows: jax.Array
     decode_only: bool = field(default=False, metadata={"static": True})
+    tree_mask: jax.Array | None = None
 
     @property
     def max_rows(self) -> int:
@@ -69,6 +74,22 @@ class RaggedBatch:
         position = self.token_positions(num_tokens)
         page = self.page_table[self.token_rows(num_tokens), position // page_size]
         return jnp.where(token < self.num_tokens, page, 0), position % page_size
+
+
+def tree_allows(words: jax.Array, key: jax.Array, query: jax.Array) -> jax.Array:
+    """bool: whether a query sees a key by its tree mask alone.
+
+    Args:
+      words: int32[..., W], the query's mask.
+      key, query: int32[...], their places among their row's new tokens; negative for a key before them.
+    """
+    num_bits = 32 * words.shape[-1]
+    bit = jnp.clip(key, 0, num_bits - 1)
+    word = words[..., 0]
+    for index in range(1, words.shape[-1]):
+        word = jnp.where(bit // 32 == index, words[..., index], word)
+    seen = jnp.right_shift(word, bit % 32) & 1
+    return (seen == 1) | (key < 0) | (key >= num_bits) | (key == query)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
+from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch, tree_allows
 from pallas_kernels.paged_attention.xla import kv_partition_spec, kv_shape, kv_spec
 
 __all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
@@ -27,16 +27,24 @@ def write_kv(kv, k, v, batch: RaggedBatch, *, page_offset):
     return kv.at[page + page_offset, :, :, slot].set(jnp.stack([k, v], axis=1).astype(kv.dtype))
 
 
-def attend(q, kv, batch: RaggedBatch, *, page_offset, scale, sliding_window, soft_cap, sinks):
+def attend(
+    q, kv, batch: RaggedBatch, *, page_offset, scale, sliding_window, soft_cap, sinks, k_scale, v_scale
+):
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv.shape[2]
     rows = batch.token_rows(num_tokens)
     positions = batch.token_positions(num_tokens)
 
+    scales = [jnp.ones(num_kv_heads) if x is None else x for x in (k_scale, v_scale)]
+    tree = batch.tree_mask if batch.tree_mask is not None else jnp.full((num_tokens, 1), -1, jnp.int32)
+
     def one_token(token):
-        query, row, position = token
+        query, row, position, words = token
         pages = kv[batch.page_table[row] + page_offset].astype(jnp.float32)
-        keys, values = (pages[:, i].swapaxes(1, 2).reshape(-1, num_kv_heads, head_dim) for i in (0, 1))
+        keys, values = (
+            pages[:, i].swapaxes(1, 2).reshape(-1, num_kv_heads, head_dim) * scales[i][:, None]
+            for i in (0, 1)
+        )
         keys, values = (jnp.repeat(x, num_heads // num_kv_heads, axis=1) for x in (keys, values))
         logits = jnp.einsum("hd,lhd->hl", query.astype(jnp.float32), keys, precision="highest") * scale
         if soft_cap is not None:
@@ -45,6 +53,8 @@ def attend(q, kv, batch: RaggedBatch, *, page_offset, scale, sliding_window, sof
         visible = key_position <= position
         if sliding_window is not None:
             visible &= position - key_position < sliding_window
+        first_new = batch.context_lens[row] - (batch.query_starts[row + 1] - batch.query_starts[row])
+        visible &= tree_allows(words, key_position - first_new, position - first_new)
         logits = jnp.where(visible, logits, -jnp.inf)
         if sinks is not None:  # a sink takes part in the softmax and has no value
             logits = jnp.concatenate([logits, sinks.astype(jnp.float32)[:, None]], axis=1)
@@ -53,6 +63,6 @@ def attend(q, kv, batch: RaggedBatch, *, page_offset, scale, sliding_window, sof
         values = jnp.where(visible[:, None, None], values, 0.0)
         return jnp.einsum("hl,lhd->hd", weights, values, precision="highest").astype(q.dtype)
 
-    output = jax.lax.map(one_token, (q, rows, positions))
+    output = jax.lax.map(one_token, (q, rows, positions, tree))
     live = jnp.arange(num_tokens) < batch.num_tokens
     return jnp.where(live[:, None, None], output, 0)

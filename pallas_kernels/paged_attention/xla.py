@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.dispatch import current_platform
-from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
+from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch, tree_allows
 from pallas_kernels.paged_attention.xla_plan import Plan, make_plan
 
 NEGATIVE = -1e30  # stands for minus infinity where a difference of two of them must stay finite
@@ -102,7 +102,6 @@ def write_kv(kv, k, v, plan: Plan, *, page_offset):
     zero when the row starts the page. Masked keys get weight 0, and 0 times a NaN that an earlier owner left there
     would still be NaN.
     """
-    k, v = k.astype(kv.dtype), v.astype(kv.dtype)
     page_size = kv.shape[3]
     offset = _opaque(page_offset, plan)
     first_slot = jnp.arange(page_size)[:, None] == 0
@@ -161,13 +160,18 @@ def _fence(x, plan: Plan, blocks: Blocks):
     return lax.fori_loop(0, plan.never, lambda _, y: y + 1, x) if blocks.fenced else x
 
 
-def attend(q, kv, plan: Plan, *, page_offset, scale, sliding_window, soft_cap, sinks):
+def attend(q, kv, plan: Plan, *, page_offset, scale, sliding_window, soft_cap, sinks, k_scale, v_scale):
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = kv.shape[2]
     blocks = choose_blocks(num_kv_heads, head_dim, plan.batch.max_rows, num_tokens)
     heads = (num_kv_heads, num_heads // num_kv_heads)
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(1, *heads)
+    unscale = None
+    if (
+        k_scale is not None
+    ):  # keys times k_scale are queries times k_scale, and values the same with the output
+        scale, unscale = (jnp.repeat(x, heads[1])[:, None] for x in (scale * k_scale, v_scale))
     run = partial(
         _attend_blocks,
         kv=kv,
@@ -178,13 +182,14 @@ def attend(q, kv, plan: Plan, *, page_offset, scale, sliding_window, soft_cap, s
         soft_cap=soft_cap,
     )
     output = _attend_decodes(q, plan, blocks, run, heads, scale, sinks)
+    output = output if unscale is None else output * unscale
     if plan.batch.decode_only:
         return output[plan.rank].astype(q.dtype)
     token = jnp.arange(num_tokens)
     rank = plan.rank[jnp.minimum(token, plan.batch.max_rows - 1)]
     decodes = token < plan.batch.num_decode_rows
     output = jnp.where(decodes[:, None, None], output[rank], 0.0).astype(q.dtype)
-    return _attend_tiles(q, output, plan, blocks, run, heads, scale, sinks)
+    return _attend_tiles(q, output, plan, blocks, run, heads, scale, unscale, sinks)
 
 
 def _attend_decodes(q, plan: Plan, blocks: Blocks, run, heads, scale, sinks):
@@ -212,7 +217,7 @@ def _attend_decodes(q, plan: Plan, blocks: Blocks, run, heads, scale, sinks):
     return lax.fori_loop(0, num_groups, step, jnp.zeros((num_rows, *shape), jnp.float32))
 
 
-def _attend_tiles(q, output, plan: Plan, blocks: Blocks, run, heads, scale, sinks):
+def _attend_tiles(q, output, plan: Plan, blocks: Blocks, run, heads, scale, unscale, sinks):
     """Fills in the prompt chunks' rows of output [T, H, D]."""
     batch, size = plan.batch, plan.tile
     num_tokens, num_heads, head_dim = q.shape
@@ -228,6 +233,11 @@ def _attend_tiles(q, output, plan: Plan, blocks: Blocks, run, heads, scale, sink
         token = start + jnp.arange(size, dtype=jnp.int32)
         mine = (token >= first) & (token < end)
         position = jnp.where(mine, batch.context_lens[row] - end + token, -1)
+        tree = None
+        if batch.tree_mask is not None:
+            words = lax.dynamic_slice_in_dim(batch.tree_mask, start, size)
+            first_new = batch.context_lens[row] - (end - batch.query_starts[row])
+            tree = (jnp.tile(words, (groups, 1))[None], first_new)
         tile = lax.dynamic_slice_in_dim(q, start, size).astype(jnp.float32) * scale
         tile = tile.reshape(size, num_kv_heads, groups, head_dim).transpose(1, 2, 0, 3)
         result = run(
@@ -236,9 +246,11 @@ def _attend_tiles(q, output, plan: Plan, blocks: Blocks, run, heads, scale, sink
             lax.dynamic_slice_in_dim(batch.page_table, row, 1),
             sinks=sinks,
             block=blocks.tile_tokens,
+            tree=tree,
         )
         result = result.reshape(num_kv_heads, groups, size, head_dim).transpose(2, 0, 1, 3)
-        result = result.reshape(size, num_heads, head_dim).astype(output.dtype)
+        result = result.reshape(size, num_heads, head_dim)
+        result = (result if unscale is None else result * unscale).astype(output.dtype)
         old = lax.dynamic_slice_in_dim(output, start, size)
         return lax.dynamic_update_slice_in_dim(output, jnp.where(mine[:, None, None], result, old), start, 0)
 
@@ -246,7 +258,7 @@ def _attend_tiles(q, output, plan: Plan, blocks: Blocks, run, heads, scale, sink
 
 
 def _attend_blocks(
-    q, position, table, *, kv, plan: Plan, blocks: Blocks, offset, window, soft_cap, sinks, block
+    q, position, table, *, kv, plan: Plan, blocks: Blocks, offset, window, soft_cap, sinks, block, tree=None
 ):
     """Softmax attention of queries over their row's pages, a block of KV tokens at a time.
 
@@ -256,6 +268,7 @@ def _attend_blocks(
       table: int32 [N, MP].
       sinks: float32 [1, K, M] or None.
       block: KV tokens per step.
+      tree: (int32 [N, M, W] tree masks, position of the first new token), or None.
 
     Returns:
       float32 [N, K, M, D]; 0 where a query sees nothing.
@@ -284,6 +297,10 @@ def _attend_blocks(
         visible = distance >= 0
         if window is not None:
             visible &= distance < window
+        if tree is not None:
+            words, first_new = tree
+            query = position[:, :, None] - first_new
+            visible &= tree_allows(words[:, :, None], query - distance, query)
         visible = visible[:, None]
         new_top = jnp.maximum(top, jnp.max(jnp.where(visible, logits, NEGATIVE), axis=-1))
         weights = jnp.where(visible, jnp.exp(logits - new_top[..., None]), 0.0)

@@ -25,8 +25,11 @@ def step():
         ((0, 16, 2, 64, "float32"), "num_pages is 0"),
         ((16, 16, 0, 64, "float32"), "num_kv_heads is 0"),
         ((16, 16, 2, -1, "float32"), "head_dim is -1"),
-        ((16, 16, 2, 64, "float16"), r"dtype has dtype float16: it must be one of \['float32', 'bfloat16'\]"),
-        ((16, 16, 2, 64, "int8"), "dtype has dtype int8"),
+        (
+            (16, 16, 2, 64, "float16"),
+            r"dtype has dtype float16: it must be one of \['float32', 'bfloat16', 'int8', 'float8_e4m3fn'\]",
+        ),
+        ((16, 16, 2, 64, "int4"), "dtype has dtype int4"),
     ],
 )
 def test_kv_shape_refuses(arguments, message):
@@ -46,6 +49,7 @@ def test_kv_shape_refuses(arguments, message):
         ({"soft_cap": 0.0}, "soft_cap is 0.0"),
         ({"sinks": jnp.zeros(2)}, r"sinks has shape \(2,\): it must be \(6,\)"),
         ({"kv": jnp.zeros((4, 8, 16))}, "kv does not have its layout"),
+        ({"v_scale": 0.5}, "v_scale is given and the pool keeps float32: leave it out"),
     ],
 )
 def test_attend_refuses(step, changes, message):
@@ -73,11 +77,33 @@ def test_write_kv_refuses(step):
         ({"page_table": jnp.zeros((5, 3), jnp.int32)}, 48, "page_table has shape"),
         ({"context_lens": jnp.zeros(6)}, 48, "context_lens has dtype float32: it must be int32"),
         ({"decode_only": True}, 48, "decode_only is True with 48 tokens and 6 rows"),
+        ({"tree_mask": jnp.zeros((47, 1), jnp.int32)}, 48, r"tree_mask has shape \(47, 1\).*\(48, words\)"),
+        ({"tree_mask": jnp.zeros((48, 1))}, 48, "tree_mask has dtype float32: it must be int32"),
     ],
 )
 def test_prepare_refuses(step, changes, num_tokens, message):
     with pytest.raises(ValueError, match=message):
         pa.prepare(replace(step.batch, **changes), step.kv, num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({}, "k_scale is missing: a pool of int8 needs this layer's scale"),
+        ({"k_scale": 0.1}, "v_scale is missing"),
+        (
+            {"k_scale": 0.1, "v_scale": jnp.ones(3)},
+            r"v_scale has shape \(3,\): it must be a number or \(2,\)",
+        ),
+    ],
+)
+def test_a_quantized_pool_needs_its_scales(scales, message):
+    step = make_step(Shape(kv_dtype="int8"), [Row(1, 9)])
+    plan = pa.prepare(step.batch, step.kv, 48, implementation="xla")
+    with pytest.raises(ValueError, match=message):
+        pa.write_kv(step.kv, step.k, step.v, plan, page_offset=0, **scales)
+    with pytest.raises(ValueError, match=message):
+        pa.attend(step.q, step.kv, plan, page_offset=0, scale=1.0, **scales)
 
 
 def test_a_plan_belongs_to_one_implementation(step):

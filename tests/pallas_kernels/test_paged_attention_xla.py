@@ -118,6 +118,9 @@ def test_agrees_with_the_reference(small_blocks, num_tokens, options):
 @pytest.mark.parametrize(
     "shape",
     [
+        Shape(kv_dtype="int8"),
+        Shape(kv_dtype="int8", dtype="bfloat16", num_tokens=6),
+        Shape(kv_dtype="float8_e4m3fn"),
         Shape(heads=2, kv_heads=2, head_dim=48),
         Shape(heads=7, kv_heads=1, head_dim=20),
         Shape(heads=8, kv_heads=2, head_dim=128, page_size=16, pages_per_row=6),
@@ -130,6 +133,7 @@ def test_agrees_with_the_reference(small_blocks, num_tokens, options):
     ],
     ids=lambda shape: (
         f"H{shape.heads}K{shape.kv_heads}D{shape.head_dim}S{shape.page_size}T{shape.num_tokens}{shape.dtype}"
+        f"{shape.kv_dtype or ''}"
     ),
 )
 def test_agrees_with_the_reference_in_every_shape(shape):
@@ -139,6 +143,18 @@ def test_agrees_with_the_reference_in_every_shape(shape):
         compare(make_step(shape, *rows, seed=seed))
 
     check()
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 12, "soft_cap": 2.0}], ids=str)
+def test_a_tree_of_drafts_sees_its_ancestors_only(small_blocks, options):
+    shape = Shape(num_tokens=60, tree_words=2, options=options)
+    wide = tuple(i // 2 for i in range(35))
+    step = make_step(
+        shape,
+        [Row(1, 9)],
+        [Row(5, 21, 0, (0, 0, 1, 2)), Row(36, 50, 0, wide), Row(9, 9), Row(3, 33, 0, (0, 1))],
+    )
+    compare(step)
 
 
 def test_a_context_far_longer_than_a_block():

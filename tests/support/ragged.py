@@ -13,11 +13,15 @@ from pallas_kernels import paged_attention as pa
 
 @dataclass(frozen=True)
 class Row:
-    """One live row: its new tokens, its context with them, and how many full pages it shares with the row before."""
+    """One live row: its new tokens, its context with them, and how many full pages it shares with the row before.
+
+    parents: of a verification row, the new token that each new token but the first continues.
+    """
 
     tokens: int
     context: int
     shared_pages: int = 0
+    parents: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,20 @@ class Shape:
     layers: int = 2
     dtype: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
+    kv_dtype: str | None = None  # of the pool, where it is not dtype
+    tree_words: int = 0  # of the tree mask; 0: the batch has none
+
+    @property
+    def quantized(self) -> bool:
+        return self.kv_dtype in ("int8", "float8_e4m3fn")
+
+    def scales(self, heads: int | None = None) -> dict[str, jax.Array]:
+        """Arguments k_scale and v_scale, one number per head, where the pool needs them."""
+        if not self.quantized:
+            return {}
+        step = 4.0 / (127.0 if self.kv_dtype == "int8" else 448.0)  # four standard deviations fit
+        head = jnp.arange(heads or self.kv_heads, dtype=jnp.float32)
+        return {"k_scale": step * (1.0 + 0.1 * head), "v_scale": step * (1.2 - 0.1 * head)}
 
     @property
     def pages_per_layer(self) -> int:
@@ -92,14 +110,25 @@ def make_step(shape: Shape, decodes: Sequence[Row], chunks: Sequence[Row] = (), 
         num_decode_rows=jnp.int32(len(decodes)),
         num_rows=jnp.int32(len(rows)),
         decode_only=shape.num_tokens == shape.num_rows,
+        tree_mask=_tree_mask(shape, rows) if shape.tree_words else None,
     )
 
     def normal(*size: int) -> jax.Array:
         return jnp.asarray(random.standard_normal(size), shape.dtype)
 
+    # Every implementation is given the same pool, in the layout of the reference.
     pool = pa.kv_shape(
-        shape.layers * shape.pages_per_layer, shape.page_size, shape.kv_heads, shape.head_dim, shape.dtype
+        shape.layers * shape.pages_per_layer,
+        shape.page_size,
+        shape.kv_heads,
+        shape.head_dim,
+        shape.kv_dtype or shape.dtype,
+        implementation="reference",
     )
+    kept = normal(*pool.shape)
+    if shape.quantized:
+        kept = kept.astype(jnp.float32) / (4.0 / (127.0 if shape.kv_dtype == "int8" else 448.0))
+        kept = jnp.round(jnp.clip(kept, -127.0, 127.0))
     return Step(
         shape=shape,
         rows=rows,
@@ -107,8 +136,24 @@ def make_step(shape: Shape, decodes: Sequence[Row], chunks: Sequence[Row] = (), 
         q=normal(shape.num_tokens, shape.heads, shape.head_dim),
         k=normal(shape.num_tokens, shape.kv_heads, shape.head_dim),
         v=normal(shape.num_tokens, shape.kv_heads, shape.head_dim),
-        kv=normal(*pool.shape),
+        kv=kept.astype(pool.dtype),
     )
+
+
+def _tree_mask(shape: Shape, rows: Sequence[Row]) -> jax.Array:
+    bits = np.ones((shape.num_tokens, 32 * shape.tree_words), np.uint64)
+    token = 0
+    for row in rows:
+        if row.parents is not None:
+            seen = np.zeros((row.tokens, 32 * shape.tree_words), np.uint64)
+            for index in range(row.tokens):
+                if index:
+                    seen[index] = seen[row.parents[index - 1]]
+                seen[index, index] = 1
+            bits[token : token + row.tokens] = seen
+        token += row.tokens
+    words = bits.reshape(shape.num_tokens, shape.tree_words, 32) << np.arange(32, dtype=np.uint64)
+    return jnp.asarray(words.sum(axis=2).astype(np.uint32).view(np.int32))
 
 
 class Runner:
@@ -132,12 +177,14 @@ class Runner:
 
 
 def _write_and_attend(shape: Shape, implementation: str):
-    options = {**shape.options}
+    options: dict[str, Any] = {**shape.options, **shape.scales()}
     if options.pop("sinks", False):
         options["sinks"] = jnp.linspace(-1.0, 2.0, shape.heads, dtype=jnp.float32)
 
+    scales = shape.scales()
+
     def whole(q, k, v, kv, batch, offset):
-        kv = pa.write_kv(kv, k, v, batch, page_offset=offset, implementation=implementation)
+        kv = pa.write_kv(kv, k, v, batch, page_offset=offset, implementation=implementation, **scales)
         options_here = {"page_offset": offset, "scale": shape.scale, "implementation": implementation}
         return pa.attend(q, kv, batch, **options_here, **options), kv
 
