@@ -118,13 +118,19 @@ class Attention(nnx.Module):
             build, (embed,), (heads, size), ("embed",), ("heads", "head_dim"), bias=spec.out_bias
         )
         self.sinks = parameter(build, (heads,), ("heads",)) if spec.sinks else None
-        self.q_norm = self.k_norm = None
-        if spec.qk_norm is not None and spec.qk_norm_over == "all":
-            self.q_norm = spec.qk_norm.make(build, (heads, size), ("heads", "head_dim"))
-            # A KV head that is there several times weighs as much as every other, so the mean is the same.
-            self.k_norm = spec.qk_norm.make(build, (self.num_kv_heads, size), ("kv_heads", "head_dim"))
-        elif spec.qk_norm is not None:
-            self.q_norm, self.k_norm = (spec.qk_norm.make(build, (size,)) for _ in range(2))
+        self.q_norm, self.k_norm = self._qk_norms(build)
+
+    def _qk_norms(self, build: Build) -> tuple[Any, Any]:
+        spec, size = self.spec, self.spec.head_dim
+        if spec.qk_norm is None:
+            return None, None
+        if spec.qk_norm_over == "head":
+            return spec.qk_norm.make(build, (size,)), spec.qk_norm.make(build, (size,))
+        # A KV head that is there several times weighs as much as every other, so the mean is the same.
+        return (
+            spec.qk_norm.make(build, (spec.num_heads, size), ("heads", "head_dim")),
+            spec.qk_norm.make(build, (self.num_kv_heads, size), ("kv_heads", "head_dim")),
+        )
 
     def __call__(
         self, x: Float[Array, "T E"], tables: RotaryTables, attend: Attend, cache: Any, layer: LayerIndex
@@ -132,7 +138,7 @@ class Attention(nnx.Module):
         spec, qkv = self.spec, self.qkv(x)
         q = qkv[:, :, : self.group].reshape(x.shape[0], spec.num_heads, spec.head_dim)
         k, v = qkv[:, :, self.group], qkv[:, :, self.group + 1]
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.rotary is not None:
             cos, sin = tables[spec.rotary]

@@ -39,7 +39,7 @@ class Decoder(nnx.Module):
         self.head = None if config.tie_word_embeddings else parameter(build, table, ("vocab", "embed"))
         self.head_bias = parameter(build, table[:1], ("vocab",)) if config.head_bias else None
         self.config = config
-        self.weight_first = build.weight_first
+        self.weight_first, self.native_rows = build.weight_first, build.native_rows
 
     def __call__(
         self,
@@ -69,7 +69,13 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "R E"]) -> Float[Array, "R V"]:
         """float32 logits of hidden states."""
         table, config = self.embedding if self.head is None else self.head, self.config
-        logits = project(table[...], hidden, weight_first=self.weight_first, accumulate=jnp.float32)
+        logits = project(
+            table[...],
+            hidden,
+            weight_first=self.weight_first,
+            native_rows=self.native_rows,
+            accumulate=jnp.float32,
+        )
         if self.head_bias is not None:
             logits = logits + self.head_bias[...].astype(jnp.float32)
         if config.logit_multiplier != 1.0:

@@ -11,7 +11,28 @@ from jinfer.models.hf_config import ModelConfig
 from jinfer.models.weight_map import WeightMap
 
 # Each has a file in this folder, named as its HF `model_type`, with a `FAMILY` in it.
-MODEL_TYPES = ("llama",)
+MODEL_TYPES = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "starcoder2",
+)
 
 
 @dataclass(frozen=True)

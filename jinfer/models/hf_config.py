@@ -7,7 +7,7 @@ What families share is read here. A family's own reader, in the file named as it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -84,13 +84,36 @@ class ModelConfig:
         """This config with layer i replaced by change(i, layer i)."""
         return dataclasses.replace(self, layers=tuple(change(i, spec) for i, spec in enumerate(self.layers)))
 
+    def with_layers(self, **changes: Any) -> ModelConfig:
+        """This config with these fields of every layer."""
+        return self.map_layers(lambda i, layer: dataclasses.replace(layer, **changes))
+
+    def with_norm(self, **changes: Any) -> ModelConfig:
+        """This config with these fields of every norm, the last one's too."""
+        norm = dataclasses.replace(self.norm, **changes)
+        return dataclasses.replace(self.with_layers(norm=norm), norm=norm)
+
+    def with_windows(self, types: Sequence[str], window: int | None) -> ModelConfig:
+        """This config with the window in those layers whose type is "sliding_attention", in no other.
+
+        Raises:
+          ModelError: such a layer, and no window.
+        """
+        if SLIDING in types and window is None:
+            raise ModelError("config.json: a layer is of type sliding_attention and sliding_window is null")
+        return self.map_layers(
+            lambda i, layer: with_attention(layer, window=window if types[i] == SLIDING else None)
+        )
+
     def with_attention(self, **changes: Any) -> ModelConfig:
         """This config with these fields of every layer's attention."""
-        return self.map_layers(
-            lambda i, layer: dataclasses.replace(
-                layer, attention=dataclasses.replace(cast(AttentionSpec, layer.attention), **changes)
-            )
-        )
+        return self.map_layers(lambda i, layer: with_attention(layer, **changes))
+
+
+def with_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
+    """The layer with these fields of its grouped-query attention."""
+    attention = dataclasses.replace(cast(AttentionSpec, layer.attention), **changes)
+    return dataclasses.replace(layer, attention=attention)
 
 
 def read_config(
@@ -147,6 +170,7 @@ def common_config(
     activation: str = "hidden_act",
     attention_bias: str | bool = False,
     mlp_bias: str | bool = False,
+    gated: bool = True,
     theta: float = 10000.0,
     partial_rotary: float | None = None,
     interleaved: bool = False,
@@ -155,7 +179,7 @@ def common_config(
     grouped-query attention over everything before, a gated feed-forward block.
 
     eps, activation: the keys under which this family keeps them. attention_bias, mlp_bias: a key, or whether all of
-    this family have biases. theta, partial_rotary, interleaved: see `read_rotary`.
+    this family have biases. gated: of the feed-forward block. theta, partial_rotary, interleaved: see `read_rotary`.
     """
     heads = fields.integer("num_attention_heads", low=1, high=2**16)
     hidden = fields.integer("hidden_size", low=1, high=2**20)
@@ -172,7 +196,7 @@ def common_config(
     bias = _flag(fields, attention_bias)
     attention = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, rotary, qkv_bias=bias, out_bias=bias)
     width = fields.integer("intermediate_size", low=1, high=2**22)
-    mlp = MLPSpec(width, read_activation(fields, activation), bias=_flag(fields, mlp_bias))
+    mlp = MLPSpec(width, read_activation(fields, activation), gated, bias=_flag(fields, mlp_bias))
     bos = fields.integers("bos_token_id", low=0, high=vocab - 1)
     depth = fields.integer("num_hidden_layers", low=1, high=4096)
     return ModelConfig(

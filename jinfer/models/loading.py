@@ -101,7 +101,7 @@ def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:
         source = open_safetensors(folder)
         try:
             arrays = load_leaves(
-                family.leaves(spec, mesh),
+                family.leaves(spec, mesh, set(source.names())),
                 source,
                 ignored=lambda name: family.ignores(name, config),
                 progress=progress,

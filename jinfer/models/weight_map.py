@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,10 +20,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one parameter (of one layer) is made: tensor names with shapes, and the function of those tensors."""
+    """How one parameter (of one layer) is made: tensor names with shapes, and the function of those tensors.
+
+    otherwise: the recipe for checkpoints that lack the first of these tensors.
+    """
 
     sources: Callable[[ModelConfig, Shape], Sources]
     build: Callable[[ModelConfig, Shape], Callable[[list[np.ndarray]], np.ndarray]]
+    otherwise: Recipe | None = None
+
+    def or_else(self, other: Recipe) -> Recipe:
+        """This recipe, or the other where the checkpoint lacks this one's first tensor."""
+        return replace(self, otherwise=other)
 
 
 def plain(name: str) -> Recipe:
@@ -73,21 +81,41 @@ def fuse_qkv(pattern: str) -> Recipe:
     return Recipe(sources, build)
 
 
-def repeat_heads(name: str) -> Recipe:
-    """[K * D] as [K', D]; K' > K repeats each KV head for its devices. For queries K' = K."""
+def split_qkv(name: str) -> Recipe:
+    """One tensor [(H + 2 * K) * D, ...], queries then keys then values, as `fuse_qkv` makes it."""
+    parts = fuse_qkv("{}")
 
     def sources(config: ModelConfig, shape: Shape) -> Sources:
-        heads = shape[0] if shape[0] == config.num_attention_heads else config.num_key_value_heads
-        return ((name, (heads * shape[1],)),)
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        return ((name, (heads * config.head_dim, *shape[3:])),)
 
     def build(config: ModelConfig, shape: Shape) -> Callable[[list[np.ndarray]], np.ndarray]:
-        def repeat(tensors: list[np.ndarray]) -> np.ndarray:
-            heads = tensors[0].reshape(-1, shape[1])
-            return np.repeat(heads, shape[0] // heads.shape[0], axis=0)
-
-        return repeat
+        query, size = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
+        fuse = parts.build(config, shape)
+        return lambda t: fuse(np.split(t[0], [query, query + size]))
 
     return Recipe(sources, build)
+
+
+def repeat_heads(name: str) -> Recipe:
+    """[K * D] as [K', D]; K' > K repeats each KV head for its devices."""
+
+    def build(config: ModelConfig, shape: Shape) -> Callable[[list[np.ndarray]], np.ndarray]:
+        copies = shape[0] // config.num_key_value_heads
+        return lambda t: np.repeat(t[0].reshape(-1, shape[1]), copies, axis=0)
+
+    return Recipe(lambda config, shape: ((name, (config.num_key_value_heads * shape[1],)),), build)
+
+
+def split_heads(name: str) -> Recipe:
+    """[H * D] as [H, D]."""
+    return Recipe(
+        lambda config, shape: ((name, (shape[0] * shape[1],)),),
+        lambda config, shape: lambda t: t[0].reshape(shape),
+    )
 
 
 def split_pair(name: str) -> Recipe:
@@ -130,16 +158,21 @@ class WeightMap:
     """A family's names. `top` by parameter path; `layer` by path inside a layer, under `layer_prefix`.
 
     Both are given as what differs from `TOP` and `LAYER`. Entries for parameters that a model lacks are not used.
-    ignored_suffixes: of tensors that checkpoints carry and no model reads.
+    ignored_suffixes: of tensors that checkpoints carry and no model reads. ignores_more_layers: checkpoints may have
+    layers beyond the model's last, which predict several tokens ahead.
     """
 
     top: Mapping[str, Recipe] = field(default_factory=dict)
     layer_prefix: str = "model.layers.{}."
     layer: Mapping[str, Recipe] = field(default_factory=dict)
     ignored_suffixes: tuple[str, ...] = ()
+    ignores_more_layers: bool = False
 
-    def leaves(self, spec: ModelSpec, mesh: Mesh) -> list[Leaf]:
-        """Every parameter of the spec's decoder with its sources and sharding."""
+    def leaves(self, spec: ModelSpec, mesh: Mesh, names: Collection[str] | None = None) -> list[Leaf]:
+        """Every parameter of the spec's decoder with its sources and sharding.
+
+        names: the checkpoint's tensors, which decide between recipes; None: the first recipe of each.
+        """
         config, result = spec.config, []
         for path, param in skeleton(spec)[2].items():
             abstract = param.get_value()
@@ -152,17 +185,18 @@ class WeightMap:
                 inner = shape[1:] if is_stacked(path) else shape
             else:
                 recipe = {**TOP, **self.top}[name]
-            names = recipe.sources(config, inner)
-            if layers:
-                names = tuple(
-                    (self.layer_prefix.format(i) + name, size) for i in layers for name, size in names
-                )
+            prefixes = [self.layer_prefix.format(i) for i in layers] or [""]
+            while recipe.otherwise and names is not None:
+                if prefixes[0] + recipe.sources(config, inner)[0][0] in names:
+                    break
+                recipe = recipe.otherwise
+            parts = recipe.sources(config, inner)
             result.append(
                 Leaf(
                     path=path,
                     shape=shape,
                     dtype=abstract.dtype,
-                    sources=names,
+                    sources=tuple((prefix + name, size) for prefix in prefixes for name, size in parts),
                     build=recipe.build(config, inner),
                     sharding=sharding,
                     layers=count if is_stacked(path) else 0,
@@ -172,6 +206,11 @@ class WeightMap:
 
     def ignores(self, name: str, config: ModelConfig) -> bool:
         """True for tensors that may be in a checkpoint without being used."""
-        return name.endswith(self.ignored_suffixes) or (
-            config.tie_word_embeddings and name == "lm_head.weight"
+        before, _, after = self.layer_prefix.partition("{}")
+        layer = name.removeprefix(before).partition(after)[0]
+        is_beyond = name.startswith(before) and layer.isdigit() and int(layer) >= config.num_hidden_layers
+        return (
+            name.endswith(self.ignored_suffixes)
+            or (config.tie_word_embeddings and name == "lm_head.weight")
+            or (self.ignores_more_layers and is_beyond)
         )

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-# Models this small are computed faster by one thread than by several that wait for each other.
+from tools.verify_model.reference import Reference
+from tools.verify_model.reference import margin as margin
+from tools.verify_model.reference import relative_error as relative_error
+
 torch.set_num_threads(1)
 
 END = "<|end|>"
@@ -51,8 +54,19 @@ GROUPED: dict[str, Any] = {
 }
 
 
-def make_llama(
-    folder: Path, *, seed: int = 0, scale: float = 0.12, stored: torch.dtype = torch.float32, **config: Any
+def make_llama(folder: Path, **config: Any) -> Path:
+    """Writes a tiny Llama folder; see `make_model`."""
+    return make_model("llama", folder, **config)
+
+
+def make_model(
+    model_type: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    scale: float = 0.12,
+    stored: torch.dtype = torch.float32,
+    **config: Any,
 ) -> Path:
     """Writes a tiny model folder. Every parameter is random, biases and norms too, so that each one matters."""
     settings: dict[str, Any] = {
@@ -63,18 +77,25 @@ def make_llama(
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
-    llama = LlamaConfig(**{**settings, **config})
-    model = LlamaForCausalLM(llama)
+    if model_type == "llama":
+        settings["rms_norm_eps"] = 1e-5
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**settings, **config}), attn_implementation="eager"
+    )
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=random)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else scale * noise)
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in saved:  # numbers that were learned without a gradient
+                buffer.copy_(scale * torch.randn(buffer.shape, generator=random))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored)
     model.save_pretrained(folder)
@@ -83,52 +104,26 @@ def make_llama(
 
 
 @functools.lru_cache(maxsize=64)
+def reference(folder: Path) -> Reference:
+    """transformers' model of a folder."""
+    found = Reference(folder)
+    # Models this small are computed faster by one thread than by several that wait for each other.
+    torch.set_num_threads(1)
+    return found
+
+
 def load_hf(folder: Path) -> Any:
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    # Generation goes on past an end token, as with ignore_eos; min_new_tokens would forbid it instead.
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    return model
-
-
-def _fresh(folder: Path) -> Any:
-    """The model with rotary angles as for a new sequence: dynamic scaling remembers the longest one it saw."""
-    model = load_hf(folder)
-    with torch.no_grad():
-        model(torch.zeros((1, 1), dtype=torch.long))
-    return model
+    return reference(folder).model
 
 
 def hf_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
     """float32[S, V]."""
-    with torch.no_grad():
-        return _fresh(folder)(torch.tensor([list(tokens)])).logits[0].numpy()
+    return reference(folder).logits(tokens)
 
 
 def hf_greedy(folder: Path, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
     """`count` greedy tokens, and the float32[count, V] logits they were the largest of."""
-    ids = torch.tensor([list(prompt)])
-    with torch.no_grad():
-        result = _fresh(folder).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
-        )
-    return result.sequences[0, len(prompt) :].tolist(), torch.cat(result.logits).numpy()
-
-
-def margin(logits: np.ndarray) -> float:
-    """The smallest distance between the two largest logits of a row, as a share of the row's largest magnitude."""
-    top = np.sort(logits, axis=-1)[..., -2:]
-    return float(np.min((top[..., 1] - top[..., 0]) / np.abs(logits).max(-1)))
-
-
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """The largest deviation in a row as a share of the row's largest magnitude, over all rows."""
-    return float(np.max(np.abs(actual - expected).max(-1) / np.abs(expected).max(-1)))
+    return reference(folder).greedy(prompt, count)
 
 
 def random_prompt(seed: int, length: int, vocab: int = 256) -> list[int]:

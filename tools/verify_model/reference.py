@@ -1,0 +1,78 @@
+"""What transformers computes: logits and greedy tokens of a model folder, on the CPU in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jinfer import ConfigError
+
+
+class Reference:
+    """A model folder loaded by transformers, with attention computed by its plainest implementation.
+
+    Raises:
+      ConfigError: torch or transformers is missing, or transformers cannot load the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import torch
+            from transformers import AutoModelForCausalLM
+            from transformers.utils.logging import disable_progress_bar
+        except ImportError as error:
+            raise ConfigError(
+                "verify_model needs torch and transformers: pip install jinfer[test]"
+            ) from error
+        disable_progress_bar()
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"transformers cannot load {folder}: {' '.join(str(error).split())}") from error
+        self.torch, self.model = torch, model.eval()
+        # Generation goes on past an end token, as with ignore_eos; min_new_tokens would forbid it instead.
+        model.generation_config.eos_token_id = model.config.eos_token_id = None
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32[S, V] of one sequence."""
+        self._forget()
+        with self.torch.no_grad():
+            return self.model(self.torch.tensor([list(tokens)])).logits[0].float().numpy()
+
+    def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
+        """`count` greedy tokens, and the float32[count, V] logits that they were the largest of."""
+        self._forget()
+        ids = self.torch.tensor([list(prompt)])
+        with self.torch.no_grad():
+            result = self.model.generate(
+                ids,
+                attention_mask=self.torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=0,
+            )
+        logits = self.torch.cat(result.logits).float().numpy()
+        return result.sequences[0, len(prompt) :].tolist(), logits
+
+    def _forget(self) -> None:
+        # Rotary angles that grow with the length remember the longest sequence they saw.
+        with self.torch.no_grad():
+            self.model(self.torch.zeros((1, 1), dtype=self.torch.long))
+
+
+def margin(logits: np.ndarray) -> float:
+    """The smallest distance between the two largest logits of a row, as a share of the row's largest magnitude."""
+    top = np.sort(logits, axis=-1)[..., -2:]
+    return float(np.min((top[..., 1] - top[..., 0]) / np.abs(logits).max(-1)))
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest deviation in a row as a share of the row's largest magnitude, over all rows."""
+    return float(np.max(np.abs(actual - expected).max(-1) / np.abs(expected).max(-1)))
