@@ -1,0 +1,33 @@
+"""Sizes of the GPU kernels: a heuristic on shared memory and shapes, and a table per device that overrides it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pallas_kernels.gpu_parts import SMEM_BYTES, num_blocks_at_once
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Of the decode kernel.
+
+    Attributes:
+      kv_tokens: KV tokens per block, 64 or 128.
+      stages: blocks in flight, even.
+      num_blocks: persistent blocks, one per streaming multiprocessor.
+      consumer_registers, producer_registers: per thread, multiples of 8.
+    """
+
+    kv_tokens: int
+    stages: int
+    num_blocks: int
+    consumer_registers: int = 232
+    producer_registers: int = 40
+
+
+def decode_config(page_size: int, head_dim: int) -> DecodeConfig:
+    kv_tokens = max(64, page_size)
+    block = 2 * kv_tokens * head_dim * 2
+    fixed = 2 * 64 * head_dim * 2 + 2 * 64 * 64 * 4 + 8192
+    stages = min(8, (SMEM_BYTES - fixed) // block // 2 * 2)
+    return DecodeConfig(kv_tokens, stages, num_blocks_at_once())

@@ -1,0 +1,70 @@
+"""What the GPU kernels derive from a batch once per step: pieces of decode rows, tiles of prompt chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.batch import RaggedBatch
+
+ITEM_FIELDS = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pieces:
+    """The contexts of decode rows, cut into pieces of whole KV blocks.
+
+    Attributes:
+      items: int32[N, 5]: row, first and last + 1 block, first and last + 1 key position that the row sees.
+      num_items: int32[]. Live pieces.
+      row_items: int32[R+1]. Row r has the pieces row_items[r]:row_items[r+1].
+      table: int32[R, MP], the page table, padded to whole blocks.
+    """
+
+    items: jax.Array
+    num_items: jax.Array
+    row_items: jax.Array
+    table: jax.Array
+
+
+def cut_decodes(
+    batch: RaggedBatch, page_size: int, kv_heads: int, kv_tokens: int, num_blocks: int, window: int | None
+) -> Pieces:
+    """Pieces of a length that keeps every streaming multiprocessor busy for about the same time.
+
+    All pieces have the same number of blocks (a row's last one has the rest). Of a few lengths the one is taken that
+    lets the busiest multiprocessor finish first, a piece costing one block more than it has.
+    """
+    rows = batch.max_rows
+    pages = kv_tokens // page_size
+    table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % pages)))
+    high = jnp.where(jnp.arange(rows) < batch.num_decode_rows, batch.context_lens, 0)
+    low = jnp.zeros_like(high) if window is None else jnp.maximum(high - window, 0)
+    first, last = low // kv_tokens, -(-high // kv_tokens)
+    blocks = last - first
+
+    most = table.shape[1] // pages
+    limit = rows + -(-4 * num_blocks // kv_heads)
+    lengths = jnp.asarray(_lengths(most), jnp.int32)
+    counts = jnp.sum(-(-blocks[:, None] // lengths), axis=0, dtype=jnp.int32)
+    time = -(-counts * kv_heads // num_blocks) * (lengths + 1)
+    length = lengths[jnp.argmin(jnp.where(counts <= limit, time, jnp.iinfo(jnp.int32).max))]
+
+    ends = jnp.cumsum(-(-blocks // length), dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
+    item = jnp.arange(limit, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), rows - 1)
+    begin = first[row] + (item - starts[row]) * length
+    fields = [row, begin, jnp.minimum(begin + length, last[row]), low[row], high[row]]
+    return Pieces(jnp.stack(fields, axis=1), ends[-1], starts, table)
+
+
+def _lengths(most: int) -> list[int]:
+    """Piece lengths to choose from, in blocks: steps of about an eighth, up to a row's whole context."""
+    lengths = [1]
+    while lengths[-1] < most:
+        lengths.append(min(most, max(lengths[-1] + 1, lengths[-1] * 9 // 8)))
+    return lengths
