@@ -1,53 +1,149 @@
-"""How many KV pages there are: what the device has left, or on CPU what a flag says."""
+"""Which KV pages there are: the groups of layers that share them, and how many each gets of what memory is left."""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jinfer.cache.budget import Budget, Need
+from jinfer.cache.groups import GroupSize
 from jinfer.config import EngineConfig
 from jinfer.errors import ConfigError
-from jinfer.layers.attention import replicated_kv_heads
+from jinfer.layers.attention import KVKind, replicated_kv_heads
 from jinfer.models.decoder import ModelSpec
 from pallas_kernels import paged_attention as pa
 
 logger = logging.getLogger(__name__)
 
+CPU_KV_BYTES = 2 * 1024**3  # of the host's memory, unless the flag asks for more
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Layers that keep the same per token and see equally far back: they share page ids, a pool and a table.
+
+    kind: of its layers, its window None if that reaches over max_model_len. layers: in order.
+    pages: per layer, the null page included. page_bytes: of one page in all its layers, on all devices together.
+    """
+
+    kind: KVKind
+    layers: tuple[int, ...]
+    pages: int
+    page_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.pages * self.page_bytes
+
+    @property
+    def size(self) -> GroupSize:
+        """What the scheduler is told."""
+        return GroupSize(self.pages, self.kind.window, len(self.layers))
+
 
 @dataclass(frozen=True)
 class KVPlan:
-    """The KV pool of one engine."""
+    """The KV pools of one engine; groups in the order of their first layers.
 
-    pages: int  # per layer, the null page included
+    fraction: bytes that a sequence of max_model_len tokens holds, as a share of what full attention would hold.
+    """
+
+    groups: tuple[GroupPlan, ...]
     page_size: int
     implementation: str
     max_model_len: int
+    fraction: float = 1.0
 
     @property
     def pages_per_slot(self) -> int:
         return -(-self.max_model_len // self.page_size)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(group.num_bytes for group in self.groups)
 
-CPU_KV_BYTES = 2 * 1024**3  # of the host's memory, unless the flag asks for more
+    def group_of(self, kind: KVKind) -> int:
+        """The group of the layers of this kind."""
+        wanted = _merged(kind, self.max_model_len)
+        return next(i for i, group in enumerate(self.groups) if group.kind == wanted)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{len(group.layers)} layers "
+            + (
+                "with full attention"
+                if group.kind.window is None
+                else f"with a window of {group.kind.window}"
+            )
+            + f": {group.pages} pages, {group.num_bytes / 2**20:.1f} MiB"
+            for group in self.groups
+        ]
+        return f"{'; '.join(parts)}; {self.fraction:.3f} of full attention at {self.max_model_len} tokens"
 
 
-def page_bytes(spec: ModelSpec, page_size: int, tensor_parallel: int, implementation: str) -> int:
-    """Bytes of one page in all layers, on all devices together."""
-    heads = replicated_kv_heads(spec.config.num_key_value_heads, tensor_parallel)
-    shape = pa.kv_shape(
-        spec.config.num_hidden_layers,
-        page_size,
-        heads,
-        spec.config.head_dim,
-        spec.build.dtype,
-        implementation=implementation,
+def _merged(kind: KVKind, max_model_len: int) -> KVKind:
+    """The kind with a window that reaches over every sequence left out: such layers keep what full ones keep."""
+    return kind._replace(window=None) if kind.window is not None and kind.window >= max_model_len else kind
+
+
+def group_layers(spec: ModelSpec, max_model_len: int) -> dict[KVKind, tuple[int, ...]]:
+    """The layers of each page group."""
+    groups: dict[KVKind, tuple[int, ...]] = {}
+    for kind, layers in spec.config.kv_kinds.items():
+        merged = _merged(kind, max_model_len)
+        groups[merged] = tuple(sorted((*groups.get(merged, ()), *layers)))
+    return groups
+
+
+def pool_shape(spec: ModelSpec, kind: KVKind, num_pages: int, page_size: int, implementation: str) -> Any:
+    """The shape of a pool of `num_pages` pages, all layers counted."""
+    heads = replicated_kv_heads(kind.num_kv_heads, spec.build.tensor_parallel)
+    return pa.kv_shape(
+        num_pages, page_size, heads, kind.head_dim, spec.build.dtype, implementation=implementation
     )
+
+
+def make_plan(
+    spec: ModelSpec, pages: Sequence[int], page_size: int, implementation: str, max_model_len: int
+) -> KVPlan:
+    """The plan with so many pages per group, in the order of `group_layers`."""
+    groups = [
+        GroupPlan(kind, layers, count, _page_bytes(spec, kind, len(layers), page_size, implementation))
+        for (kind, layers), count in zip(group_layers(spec, max_model_len).items(), pages, strict=True)
+    ]
+    needs = [Need(group.kind.window, group.page_bytes) for group in groups]
+    fraction = Budget(needs, page_size, 1, 1).fraction(max_model_len)
+    return KVPlan(tuple(groups), page_size, implementation, max_model_len, fraction)
+
+
+def _page_bytes(spec: ModelSpec, kind: KVKind, num_layers: int, page_size: int, implementation: str) -> int:
+    shape = pool_shape(spec, kind, num_layers, page_size, implementation)
     return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in jax.tree.leaves(shape))
+
+
+def full_plan(
+    spec: ModelSpec, config: EngineConfig, page_size: int, implementation: str, max_model_len: int
+) -> KVPlan:
+    """Pages for `max_num_seqs` sequences of max_model_len tokens at once, whatever the memory."""
+    budget = _budget(spec, config, page_size, implementation, max_model_len)
+    return make_plan(spec, budget.all_slots(max_model_len), page_size, implementation, max_model_len)
+
+
+def _budget(
+    spec: ModelSpec, config: EngineConfig, page_size: int, implementation: str, max_model_len: int
+) -> Budget:
+    needs = [
+        Need(kind.window, _page_bytes(spec, kind, len(layers), page_size, implementation))
+        for kind, layers in group_layers(spec, max_model_len).items()
+    ]
+    return Budget(needs, page_size, config.max_num_batched_tokens, config.max_num_seqs)
 
 
 def step_bytes(spec: ModelSpec, config: EngineConfig) -> int:
@@ -86,28 +182,41 @@ def plan_kv(spec: ModelSpec, mesh: Mesh, config: EngineConfig) -> KVPlan:
     # Half of a sequence's last page is empty on average: at 190 tokens small pages keep that to 2 percent. On CPU
     # they cost nothing measurable; on an accelerator a page should be worth a transfer of its own.
     size = config.block_size or (8 if platform == "cpu" else 32)
-    per_slot = math.ceil(wanted / size)
-    most = (
-        config.max_num_seqs * per_slot + 1
-    )  # more than every slot at its longest is never used by running rows
-    bytes_per_page = page_bytes(spec, size, config.tensor_parallel_size, config.attention_backend)
-    pages = config.num_gpu_blocks_override
-    if pages is None:
-        budget = config.kv_cache_memory_bytes
-        if budget is None and platform != "cpu":
-            budget = _free_device_bytes(mesh, config, spec)
-        if budget is None:
-            pages = min(max(CPU_KV_BYTES // bytes_per_page, per_slot + 1), most)
-        else:
-            pages = budget // bytes_per_page
-    room = (pages - 1) * size
+    budget = _budget(spec, config, size, config.attention_backend, wanted)
+    pages, room = _pages(budget, mesh, config, spec, wanted)
     if room < wanted:
         if config.max_model_len is not None or room < 2:
+            token_bytes = budget.bytes_of([1] * len(budget.needs)) / size
             raise ConfigError(
                 f"max_model_len is {wanted} and the KV pages hold {max(room, 0)} tokens "
-                f"({bytes_per_page / size / 1024:.1f} KiB each): lower max_model_len or raise "
+                f"({token_bytes / 1024:.1f} KiB each): lower max_model_len or raise "
                 "kv_cache_memory_bytes or gpu_memory_utilization"
             )
         logger.warning("max_model_len lowered from %d to %d: the KV pages hold no more", wanted, room)
-        wanted = room
-    return KVPlan(pages, size, config.attention_backend, wanted)
+        return plan_kv(spec, mesh, replace(config, max_model_len=room))
+    plan = make_plan(spec, pages, size, config.attention_backend, wanted)
+    logger.info("KV pages of %d tokens: %s", size, plan)
+    return plan
+
+
+def _pages(
+    budget: Budget, mesh: Mesh, config: EngineConfig, spec: ModelSpec, wanted: int
+) -> tuple[list[int], int]:
+    """(pages per group, tokens that one sequence can have with them, at most `wanted`)."""
+    # More than every slot at its longest is never used by running rows.
+    most = budget.all_slots(wanted)
+    override = config.num_gpu_blocks_override
+    if override is not None:
+        pages = [
+            override if need.window is None else min(override, count)
+            for need, count in zip(budget.needs, most, strict=True)
+        ]
+        return pages, budget.longest(pages, wanted)
+    size = config.kv_cache_memory_bytes
+    if size is None and mesh.devices.flat[0].platform != "cpu":
+        size = _free_device_bytes(mesh, config, spec)
+    if size is None:
+        least = budget.bytes_of(budget.one_sequence(wanted))
+        size = min(max(CPU_KV_BYTES, least), budget.bytes_of(most))
+    room = budget.longest_of(size, wanted)
+    return (budget.split(size, wanted) if room >= wanted else []), room

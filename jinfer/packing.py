@@ -7,7 +7,8 @@
     row_count   R              tokens of each row in this step; 0 for padded rows
     row_context R              KV length after this step
     row_sample  R              1 if the row's last token yields a token
-    page_slot, page_index, page_id   D each    page-table entries that are new since the last step
+    page_slot, page_index   D each    places of the page tables that are new since the last step, in every group
+    page_id     D x G          their pages, group by group
     tokens      T              mixed steps: token ids of prompt chunks, -1 where the slot's last token is meant
     targets     T              mixed steps: the next token of the prompt, for prompt log-probabilities
     admitted    A x FIELDS     mixed steps: sampling parameters of slots that got a new request
@@ -57,6 +58,7 @@ class StepShape:
     num_page_updates: int
     num_slots: int
     decode_only: bool
+    num_groups: int = 1
 
     @property
     def num_admitted(self) -> int:
@@ -75,7 +77,7 @@ class StepShape:
             "row_sample": r,
             "page_slot": d,
             "page_index": d,
-            "page_id": d,
+            "page_id": d * self.num_groups,
             "tokens": t,
             "targets": t,
             "admitted_slot": self.num_admitted,
@@ -118,8 +120,8 @@ def slot_fields(request: Request) -> np.ndarray:
     return row
 
 
-def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """The packed array, and the page-table entries (slot, index, page) that did not fit into it."""
+def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+    """The packed array, and the page-table entries (slot, index, a page per group) that did not fit into it."""
     packed = np.zeros(shape.size, np.int32)
     view = {name: packed[a:b] for name, (a, b) in shape.sections.items()}
     rows = batch.rows
@@ -132,10 +134,10 @@ def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, in
     view["row_context"][:n] = [row.start + row.count for row in rows]
     view["row_sample"][:n] = [row.samples for row in rows]
     updates = [
-        (row.slot, row.new_page_start + i, page)
+        (row.slot, row.new_page_start + i, *pages)
         for row in rows
         if row.new_pages
-        for i, page in enumerate(row.new_pages[0])
+        for i, pages in enumerate(zip(*row.new_pages))
     ]
     room = shape.num_page_updates
     spilled = updates[room:]
@@ -143,7 +145,8 @@ def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, in
     m = len(updates)
     view["page_slot"][m:] = shape.trash_slot
     if m:
-        view["page_slot"][:m], view["page_index"][:m], view["page_id"][:m] = zip(*updates, strict=True)
+        view["page_slot"][:m], view["page_index"][:m], *pages = zip(*updates, strict=True)
+        view["page_id"].reshape(shape.num_groups, room)[:, :m] = pages
     flags = 0
     if not shape.decode_only:
         flags = _pack_tokens(batch, view)

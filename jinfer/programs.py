@@ -5,6 +5,7 @@ Nothing here needs a device to be there: a mesh over described devices compiles 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,14 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jinfer.config import EngineConfig
-from jinfer.kv_plan import KVPlan
-from jinfer.layers.attention import replicated_kv_heads
+from jinfer.kv_plan import GroupPlan, KVPlan, pool_shape
 from jinfer.mesh import named_sharding
 from jinfer.models.decoder import ModelSpec
 from jinfer.models.loading import targets
 from jinfer.packing import StepShape
 from jinfer.slots import SlotState, slot_shapes
-from jinfer.step import KVLayout, make_step
+from jinfer.step import make_step
+from pallas_kernels import native
 from pallas_kernels import paged_attention as pa
 
 
@@ -52,28 +53,27 @@ def step_sizes(config: EngineConfig, *, is_cpu: bool) -> tuple[list[int], list[i
 class StepPrograms:
     """The compile keys of one engine and the abstract arrays that its steps take.
 
-    kv, slots: shape, dtype and sharding of the KV pool and of the slots.
+    kv, slots: shape, dtype and sharding of the KV pools, one per page group, and of the slots.
     """
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, config: EngineConfig, kv_plan: KVPlan) -> None:
         self.spec, self.mesh, self.config, self.kv_plan = spec, mesh, config, kv_plan
         self.replicated = NamedSharding(mesh, P())
         self.is_cpu = mesh.devices.flat[0].platform == "cpu"
+        if self.is_cpu and mesh.size == 1 and spec.build.dtype == jnp.float32 and native.load() is None:
+            self.spec = replace(spec, build=replace(spec.build, native_rows=native.MAX_ROWS))
         self._row_buckets, self._token_buckets = step_sizes(config, is_cpu=self.is_cpu)
         self._shapes: dict[tuple[bool, int], StepShape] = {}
-        self.kv = self._kv()
+        self.kv = self._kv()  # a pool per page group
         self.slots: Any = self._slots()  # a SlotState of ShapeDtypeStructs
 
-    def _kv(self) -> Any:
-        config, plan = self.spec.config, self.kv_plan
-        shape = pa.kv_shape(
-            config.num_hidden_layers * plan.pages,
-            plan.page_size,
-            replicated_kv_heads(config.num_key_value_heads, self.spec.build.tensor_parallel),
-            config.head_dim,
-            self.spec.build.dtype,
-            implementation=plan.implementation,
-        )
+    def _kv(self) -> tuple[Any, ...]:
+        return tuple(self._pool(group) for group in self.kv_plan.groups)
+
+    def _pool(self, group: GroupPlan) -> Any:
+        plan = self.kv_plan
+        num_pages = len(group.layers) * group.pages
+        shape = pool_shape(self.spec, group.kind, num_pages, plan.page_size, plan.implementation)
         specs = pa.kv_partition_spec("tensor", kv=shape, implementation=plan.implementation)
 
         def place(struct: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
@@ -83,20 +83,23 @@ class StepPrograms:
 
     def _slots(self) -> SlotState:
         shapes = slot_shapes(
-            self.config.max_num_seqs, self.kv_plan.pages_per_slot, self.spec.config.vocab_size
+            self.config.max_num_seqs,
+            self.kv_plan.pages_per_slot,
+            len(self.kv_plan.groups),
+            self.spec.config.vocab_size,
         )
         history = named_sharding(self.mesh, (None, "vocab"), shapes.history.shape)
-        placed: dict[str, Any] = {
-            name: jax.ShapeDtypeStruct(
-                s.shape, s.dtype, sharding=history if name == "history" else self.replicated
-            )
-            for name, s in vars(shapes).items()
-        }
+
+        def place(name: str, struct: Any) -> Any:
+            sharding = history if name == "history" else self.replicated
+            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), struct)
+
+        placed: dict[str, Any] = {name: place(name, struct) for name, struct in vars(shapes).items()}
         return SlotState(**placed)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV pool on all devices together."""
+        """Bytes of the KV pools on all devices together."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.kv))
 
     def shape_for(self, decode_only: bool, num_rows: int, num_tokens: int) -> StepShape:
@@ -108,7 +111,9 @@ class StepPrograms:
             rows = size if decode_only else min(self.config.max_num_seqs, size)
             # A row begins at most one page unaligned; what prefix hits add beyond that goes another way.
             updates = rows if decode_only else rows + 2 * (size // self.kv_plan.page_size)
-            shape = StepShape(size, rows, updates, self.config.max_num_seqs, decode_only)
+            shape = StepShape(
+                size, rows, updates, self.config.max_num_seqs, decode_only, len(self.kv_plan.groups)
+            )
             self._shapes[decode_only, size] = shape
         return shape
 
@@ -119,9 +124,8 @@ class StepPrograms:
 
     def lower(self, shape: StepShape) -> Any:
         """The jitted step of one shape, lowered: (arrays, kv, slots, packed) -> (kv, slots, StepOutput)."""
-        layout = KVLayout(self.kv_plan.pages, self.kv_plan.page_size, self.kv_plan.implementation)
         jitted = jax.jit(
-            make_step(self.spec, self.mesh, layout, shape),
+            make_step(self.spec, self.mesh, self.kv_plan, shape),
             donate_argnums=(1, 2),
             out_shardings=(
                 jax.tree.map(lambda s: s.sharding, self.kv),

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from jinfer.request import TokenLogprobs
 from jinfer.sampling.features import needs_tables
 from jinfer.sampling.sample import Logprobs
 from jinfer.schedule.batch import Batch
-from jinfer.slots import SlotState, load_tables, slot_tables
+from jinfer.slots import SlotState, load_tables, slot_tables, write_pages
 from jinfer.step import Pooled, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Runner:
         self.slots: SlotState = self._zeros(self.programs.slots)
         slot_shardings = jax.tree.map(lambda x: x.sharding, self.programs.slots)
         self._load_tables = jax.jit(load_tables, donate_argnums=0, out_shardings=slot_shardings)
-        self._write_pages = jax.jit(_write_pages, donate_argnums=0, out_shardings=slot_shardings.page_table)
+        self._write_pages = jax.jit(write_pages, donate_argnums=0, out_shardings=slot_shardings.page_tables)
 
     # Memory
 
@@ -103,8 +103,8 @@ class Runner:
             for shape, future in futures:
                 self._compiled[shape] = future.result()
         self.slots = self._load_tables(self.slots, jnp.int32(0), self._empty_tables())
-        table = self._write_pages(self.slots.page_table, *self._page_entries([]))
-        self.slots = _with_table(self.slots, table)
+        tables = self._write_pages(self.slots.page_tables, *self._page_entries([]))
+        self.slots = replace(self.slots, page_tables=tables)
         jax.block_until_ready(self.slots)
         return time.monotonic() - start
 
@@ -144,21 +144,20 @@ class Runner:
         names = (state.history, state.bias_ids, state.bias, state.end_ids)
         return tuple(np.zeros(s.shape[1:], s.dtype) for s in names)
 
-    def _page_entries(self, entries: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, ...]:
-        """(slots, indices, pages), each of the fixed length that `_write_pages` is compiled for."""
-        size = self.kv_plan.pages_per_slot
-        columns = np.zeros((3, size), np.int32)
+    def _page_entries(self, entries: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, ...]:
+        """(slots, indices, pages of each group), each of the fixed length that `write_pages` is compiled for."""
+        columns = np.zeros((2 + len(self.kv_plan.groups), self.kv_plan.pages_per_slot), np.int32)
         columns[0] = self.config.max_num_seqs  # the trash slot
         if entries:
             columns[:, : len(entries)] = np.asarray(entries, np.int32).T
         return tuple(columns)
 
-    def _spill_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
+    def _spill_pages(self, entries: Sequence[tuple[int, ...]]) -> None:
         """Long prefix hits bring more pages than the packed array has room for."""
-        size, table = self.kv_plan.pages_per_slot, self.slots.page_table
+        size, tables = self.kv_plan.pages_per_slot, self.slots.page_tables
         for i in range(0, len(entries), size):
-            table = self._write_pages(table, *self._page_entries(entries[i : i + size]))
-        self.slots = _with_table(self.slots, table)
+            tables = self._write_pages(tables, *self._page_entries(entries[i : i + size]))
+        self.slots = replace(self.slots, page_tables=tables)
 
     def update_weights(self, params: Params | dict[str, Any]) -> None:
         """Swaps the parameters for others of the same shapes, without recompiling. The caller keeps its arrays.
@@ -184,11 +183,3 @@ class Runner:
         for path, target in wanted.items():
             array = jnp.asarray(given[path], target.dtype)
             self.params[path] = jax.device_put(array, target.sharding, may_alias=False)
-
-
-def _write_pages(table: jax.Array, slots: jax.Array, indices: jax.Array, pages: jax.Array) -> jax.Array:
-    return table.at[slots, indices].set(pages, mode="drop")
-
-
-def _with_table(state: SlotState, table: jax.Array) -> SlotState:
-    return SlotState(**{**vars(state), "page_table": table})

@@ -6,7 +6,7 @@ S slots and one trash slot (index S) that takes the writes of padded rows. A run
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ class SlotState:
     """Donated to every step and updated in place."""
 
     last_token: Int[Array, "S"]
-    page_table: Int[Array, "S MP"]
+    page_tables: tuple[Int[Array, "S MP"], ...]  # one per page group
     fields: Int[Array, "S F"]  # sampling parameters, see `packing.FIELDS`
     history: Int[
         Array, "S V"
@@ -37,7 +37,7 @@ class SlotState:
     end_ids: Int[Array, "S N"]  # V where unused
 
 
-def slot_shapes(num_slots: int, pages_per_slot: int, vocab_size: int) -> SlotState:
+def slot_shapes(num_slots: int, pages_per_slot: int, num_groups: int, vocab_size: int) -> SlotState:
     """Shapes of the state, the trash slot included."""
     rows = num_slots + 1
 
@@ -46,7 +46,7 @@ def slot_shapes(num_slots: int, pages_per_slot: int, vocab_size: int) -> SlotSta
 
     return SlotState(
         last_token=shape(jnp.int32),
-        page_table=shape(jnp.int32, pages_per_slot),
+        page_tables=(shape(jnp.int32, pages_per_slot),) * num_groups,
         fields=shape(jnp.int32, NUM_FIELDS),
         history=shape(jnp.int32, vocab_size),
         bias_ids=shape(jnp.int32, MAX_LOGIT_BIAS),
@@ -113,12 +113,17 @@ def _padded(ids: Sequence[int], filler: int) -> np.ndarray:
 def load_tables(state: SlotState, slot: Array, tables: tuple[Array, Array, Array, Array]) -> SlotState:
     """The state with one slot's tables replaced (jitted by the runner, the state donated)."""
     history, bias_ids, bias, end_ids = tables
-    return SlotState(
-        last_token=state.last_token,
-        page_table=state.page_table,
-        fields=state.fields,
+    return replace(
+        state,
         history=state.history.at[slot].set(history),
         bias_ids=state.bias_ids.at[slot].set(bias_ids),
         bias=state.bias.at[slot].set(bias),
         end_ids=state.end_ids.at[slot].set(end_ids),
+    )
+
+
+def write_pages(tables: tuple[Array, ...], slots: Array, indices: Array, *pages: Array) -> tuple[Array, ...]:
+    """The groups' tables with pages[g][i] at place indices[i] of slot slots[i]."""
+    return tuple(
+        table.at[slots, indices].set(ids, mode="drop") for table, ids in zip(tables, pages, strict=True)
     )

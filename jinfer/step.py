@@ -5,17 +5,20 @@ T tokens, R rows, S slots, MP pages per slot, V vocabulary; see `packing.StepSha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jinfer.cache.pages import NULL_PAGE
+from jinfer.kv_plan import KVPlan
 from jinfer.layers.attention import Attend, KVKind, LayerIndex
 from jinfer.mesh import partition_spec
 from jinfer.models.decoder import Decoder, ModelSpec, Params
@@ -30,7 +33,7 @@ from jinfer.packing import (
     StepShape,
 )
 from jinfer.sampling.sample import Logprobs, logprobs_of, no_logprobs, sample
-from jinfer.slots import SlotState, row_params
+from jinfer.slots import SlotState, row_params, write_pages
 from pallas_kernels import paged_attention as pa
 
 # Prompt log-probabilities are computed this many tokens at a time, so that no [T, V] array exists.
@@ -53,21 +56,22 @@ class StepOutput(NamedTuple):
     pooled: Pooled | None = None
 
 
-@dataclass(frozen=True)
-class KVLayout:
-    """Where layers keep their pages in the one pool, and which implementation reads them."""
-
-    pages_per_layer: int
-    page_size: int
-    implementation: str
-
-
-def paged_attend(mesh: Mesh, layout: KVLayout, batch: pa.RaggedBatch, kv: Any, num_tokens: int) -> Attend:
-    """Attention over pages, each device on its own heads."""
+def paged_attend(
+    mesh: Mesh, plan: KVPlan, batches: Sequence[pa.RaggedBatch], kv: tuple[Any, ...], num_tokens: int
+) -> Attend:
+    """Attention over pages, each device on its own heads; batches and kv are one per page group."""
     heads = partition_spec(("tokens", "heads", "head_dim"))
     per_head = partition_spec(("heads",))
-    pool = pa.kv_partition_spec("tensor", kv=kv, implementation=layout.implementation)
-    plan = pa.prepare(batch, kv, num_tokens, implementation=layout.implementation)
+    steps = [
+        pa.prepare(batch, pool, num_tokens, implementation=plan.implementation)
+        for batch, pool in zip(batches, kv, strict=True)
+    ]
+    num_layers = sum(len(group.layers) for group in plan.groups)
+    places = []  # per group, each layer's place in it; what other groups' layers have there is never read
+    for group in plan.groups:
+        place = np.zeros(num_layers, np.int32)
+        place[list(group.layers)] = np.arange(len(group.layers))
+        places.append(jnp.asarray(place))
 
     def attend(
         q: Array,
@@ -97,6 +101,9 @@ def paged_attend(mesh: Mesh, layout: KVLayout, batch: pa.RaggedBatch, kv: Any, n
             )
             return y, kv
 
+        index = plan.group_of(kind)
+        group, own = plan.groups[index], cache[index]
+        pool = pa.kv_partition_spec("tensor", kv=own, implementation=plan.implementation)
         sharded = jax.shard_map(
             local,
             mesh=mesh,
@@ -104,20 +111,23 @@ def paged_attend(mesh: Mesh, layout: KVLayout, batch: pa.RaggedBatch, kv: Any, n
             out_specs=(heads, pool),
             check_vma=False,
         )
-        return sharded(q, k, v, cache, plan, layer.overall * layout.pages_per_layer, sinks)
+        offset = places[index][layer.overall] * group.pages
+        y, own = sharded(q, k, v, own, steps[index], offset, sinks)
+        return y, (*cache[:index], own, *cache[index + 1 :])
 
     return attend
 
 
-def make_step(spec: ModelSpec, mesh: Mesh, layout: KVLayout, shape: StepShape) -> Callable[..., Any]:
-    """The function (arrays, kv, slots, packed) -> (kv, slots, StepOutput) of one compile key."""
+def make_step(spec: ModelSpec, mesh: Mesh, plan: KVPlan, shape: StepShape) -> Callable[..., Any]:
+    """The function (arrays, kv, slots, packed) -> (kv, slots, StepOutput) of one compile key; kv: a pool per group."""
 
-    def step(arrays: dict[str, Array], kv: Any, state: SlotState, packed: Int[Array, "N"]):
+    def step(arrays: dict[str, Array], kv: tuple[Any, ...], state: SlotState, packed: Int[Array, "N"]):
         part = {name: packed[a:b] for name, (a, b) in shape.sections.items()}
         decoder = Params(arrays, spec).bind()
         state = _apply_updates(state, part, shape)
         slots = part["row_slot"]
-        batch = _ragged_batch(state, part, shape)
+        batches = _ragged_batches(state, part, plan, shape)
+        batch = batches[0]
         rows = jnp.arange(shape.num_rows) if shape.decode_only else batch.token_rows(shape.num_tokens)
         token_slots = slots[rows]
         positions = batch.token_positions(shape.num_tokens)
@@ -128,8 +138,8 @@ def make_step(spec: ModelSpec, mesh: Mesh, layout: KVLayout, shape: StepShape) -
         if spec.config.fixed_angles_length is not None:
             prompt = state.fields[token_slots, FIELDS.index("prompt_length")]
             lengths = jnp.maximum(prompt, positions + 1)
-        attend = paged_attend(mesh, layout, batch, kv, shape.num_tokens)
-        hidden, kv = decoder(tokens, positions, attend, kv, lengths)
+        attend = paged_attend(mesh, plan, batches, kv, shape.num_tokens)
+        hidden, kv = decoder(tokens, positions, attend, kv, lengths, batch.num_tokens)
         last = jnp.maximum(batch.query_starts[1:] - 1, 0)
         state, output = _sample(decoder, hidden[last], state, part, shape)
         if not shape.decode_only:
@@ -141,24 +151,41 @@ def make_step(spec: ModelSpec, mesh: Mesh, layout: KVLayout, shape: StepShape) -
 
 
 def _apply_updates(state: SlotState, part: dict[str, Array], shape: StepShape) -> SlotState:
-    table = state.page_table.at[part["page_slot"], part["page_index"]].set(part["page_id"], mode="drop")
+    pages = part["page_id"].reshape(shape.num_groups, -1)
+    tables = write_pages(state.page_tables, part["page_slot"], part["page_index"], *pages)
     fields = state.fields
     if shape.num_admitted:
         rows = part["admitted"].reshape(-1, NUM_FIELDS)
         fields = fields.at[part["admitted_slot"]].set(rows, mode="drop")
-    return replace(state, page_table=table, fields=fields)
+    return replace(state, page_tables=tables, fields=fields)
 
 
-def _ragged_batch(state: SlotState, part: dict[str, Array], shape: StepShape) -> pa.RaggedBatch:
+def _ragged_batches(
+    state: SlotState, part: dict[str, Array], plan: KVPlan, shape: StepShape
+) -> list[pa.RaggedBatch]:
+    """The step's rows, once for each page group with its own table."""
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(part["row_count"], dtype=jnp.int32)])
-    return pa.RaggedBatch(
-        query_starts=starts,
-        context_lens=part["row_context"],
-        page_table=state.page_table[part["row_slot"]],
-        num_decode_rows=part["head"][NUM_DECODE],
-        num_rows=part["head"][NUM_LIVE],
-        decode_only=shape.decode_only,
-    )
+    first_token = part["row_context"] - part["row_count"]
+    place = jnp.arange(plan.pages_per_slot, dtype=jnp.int32)
+    batches = []
+    for group, tables in zip(plan.groups, state.page_tables, strict=True):
+        table = tables[part["row_slot"]]
+        if (window := group.kind.window) is not None:
+            # Pages that lie before the window have other owners by now. Their contents would get weight 0, but 0 times
+            # another sequence's NaN is NaN.
+            first_page = jnp.maximum(first_token - window + 1, 0) // plan.page_size
+            table = jnp.where(place < first_page[:, None], NULL_PAGE, table)
+        batches.append(
+            pa.RaggedBatch(
+                query_starts=starts,
+                context_lens=part["row_context"],
+                page_table=table,
+                num_decode_rows=part["head"][NUM_DECODE],
+                num_rows=part["head"][NUM_LIVE],
+                decode_only=shape.decode_only,
+            )
+        )
+    return batches
 
 
 def _sample(

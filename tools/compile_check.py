@@ -63,7 +63,7 @@ def compile_steps(
     rows: running sequences, each of `context` tokens. tokens: of the mixed step.
     """
     from jinfer.config import EngineConfig
-    from jinfer.kv_plan import KVPlan
+    from jinfer.kv_plan import full_plan
     from jinfer.models.hf_config import read_config
     from jinfer.models.loading import make_spec
     from jinfer.programs import StepPrograms
@@ -78,8 +78,7 @@ def compile_steps(
         dtype="bfloat16",
     )
     spec = make_spec(read_config(folder), engine, "tpu")
-    pages = rows * -(-context // page_size) + 1
-    plan = KVPlan(pages, page_size, attention, context)
+    plan = full_plan(spec, engine, page_size, attention, context)
     programs = StepPrograms(spec, described_mesh(topology, tensor), engine, plan)
     results = []
     for shape in (programs.shape_for(True, rows, rows), programs.shape_for(False, rows, tokens)):
