@@ -10,7 +10,7 @@ from typing import Any
 from jinfer import OutputDelta, SamplingParams
 from serve.answer import Answer, StreamedAnswer, WholeAnswer, event
 from serve.generation import Choice, Choices, Job
-from serve.inputs import read_messages, read_tools
+from serve.inputs import read_documents, read_messages, read_tools
 from serve.logprobs import ChatLogprobs, TokenTexts, prompt_logprobs
 from serve.params import chat_params
 from serve.protocol import bad_request
@@ -74,6 +74,7 @@ def prompt_ids(
         add_generation_prompt=begins,
         continue_final_message=continues,
         chat_template_kwargs=extra,
+        documents=read_documents(body.documents),
     )
     return state.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 

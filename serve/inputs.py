@@ -109,6 +109,13 @@ def read_tools(tools: Any, tool_choice: Any) -> list[dict[str, Any]] | None:
     return tools or None
 
 
+def read_documents(value: Any) -> list[dict[str, Any]] | None:
+    """Documents for the chat template."""
+    if value is not None and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+        raise bad_request("documents is not a list of objects", "documents")
+    return value or None
+
+
 def read_prompts(value: Any, name: str = "prompt") -> list[Prompt]:
     """Prompts of a text completion or the inputs of an embedding: a string, token ids, or a list of either."""
     if isinstance(value, str):

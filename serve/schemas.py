@@ -90,6 +90,7 @@ class TemplateBody(Body):
 
     messages: Any = Field(None, description="a list of {role, content}")
     tools: Any = None
+    documents: Any = Field(None, description="a list of objects, for templates that show documents")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -17,7 +17,13 @@ def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
     if body.prompt is not None:
-        for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        for name in (
+            "tools",
+            "documents",
+            "add_generation_prompt",
+            "continue_final_message",
+            "chat_template_kwargs",
+        ):
             if getattr(body, name) is not None:
                 raise bad_request(
                     f"{name} goes with messages, and this request has a prompt: remove it", name

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from jinfer.errors import ModelError, RequestError
 from jinfer.text.files import read_json, special_tokens
@@ -44,10 +44,13 @@ class ChatTemplate:
         self._sources = dict(templates)
         self._compiled: dict[str, jinja2.Template] = {}
         self._takes_parts: dict[str, bool] = {}
+        self._reads: dict[str, set[str]] = {}  # the variables that a template looks at
         for name, source in templates.items():
             try:
                 self._compiled[name] = self._environment.from_string(source)
-                self._takes_parts[name] = _reads_parts(self._environment.parse(source))
+                tree = self._environment.parse(source)
+                self._takes_parts[name] = _reads_parts(tree)
+                self._reads[name] = meta.find_undeclared_variables(tree)
             except jinja2.TemplateSyntaxError as error:
                 raise ModelError(
                     f"chat template {name!r} is not valid Jinja (line {error.lineno}: {error.message}): "
@@ -79,6 +82,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt of a conversation. Encode it with `add_special_tokens=False`: templates write their own.
 
@@ -88,9 +92,11 @@ class ChatTemplate:
           add_generation_prompt: end with the opening of an assistant message.
           continue_final_message: leave the last message open, so that the model goes on with it.
           chat_template_kwargs: further variables for the template, such as `enable_thinking`.
+          documents: objects, mostly with `title` and `text`, for templates that show documents to answer from.
 
         Raises:
-          RequestError: messages the template cannot render; `param` names the field.
+          RequestError: messages the template cannot render, or tools or documents that it would leave out; `param`
+            names the field.
         """
         if not messages:
             raise RequestError("messages is empty, expected at least one message", "messages")
@@ -101,6 +107,13 @@ class ChatTemplate:
                 "continue_final_message",
             )
         name = self._choose(tools)
+        for field, given in (("tools", tools), ("documents", documents)):
+            if given and field not in self._reads[name] and (name, field) != ("tool_use", "tools"):
+                raise RequestError(
+                    f"the model's chat template has no place for {field}, so the model would not see them: leave them "
+                    "out, or put them into a message",
+                    field,
+                )
         chat = [_plain_message(i, message, self._takes_parts[name]) for i, message in enumerate(messages)]
         ending = _mark_end(chat[-1], self._sources[name]) if continue_final_message else None
         variables = {
@@ -108,7 +121,7 @@ class ChatTemplate:
             **_plain(chat_template_kwargs or {}),
             "messages": chat,
             "tools": _plain(list(tools)) if tools else None,
-            "documents": None,
+            "documents": _plain(list(documents)) if documents else None,
             "add_generation_prompt": add_generation_prompt,
         }
         text = self._render(name, variables)

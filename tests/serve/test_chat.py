@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from jinfer.text import ChatTemplate
+
 
 def test_whole_answer(client, engine, reply):
     answer = client.chat("hi", model="fake").json()
@@ -141,10 +143,13 @@ def test_defaults(client, engine):
     client.chat("hi")
     assert engine.seen[0].params.temperature == 1.0
     assert engine.seen[0].params.max_tokens is None
-    engine.default_params = {"temperature": 0.6, "top_k": 20}
+    engine.default_params = {"temperature": 0.6, "top_k": 20, "max_tokens": 5}
     client.chat("hi", top_k=3, temperature=None)
     assert engine.seen[1].params.temperature == 0.6
     assert engine.seen[1].params.top_k == 3
+    assert engine.seen[1].params.max_tokens == 5
+    client.chat("hi", max_completion_tokens=9, temperature=0)
+    assert (engine.seen[2].params.max_tokens, engine.seen[2].params.temperature) == (9, 0)
 
 
 def test_template_fields(client, engine):
@@ -159,6 +164,9 @@ def test_template_fields(client, engine):
     assert prompt(chat_template_kwargs={"mood": "calm"}) == "<s>[calm]<|user|>hi</s><|assistant|>"
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert prompt(tools=tools, tool_choice="none") == "<s>[tools:1]<|user|>hi</s><|assistant|>"
+    documents = [{"title": "A", "text": "a"}, {"title": "B"}]
+    assert prompt(documents=documents) == "<s>[documents:AB]<|user|>hi</s><|assistant|>"
+    assert prompt(documents=[], tools=[]) == "<s><|user|>hi</s><|assistant|>"
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert prompt(messages=talk, continue_final_message=True) == "<s><|user|>a</s><|assistant|>b"
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
@@ -207,3 +215,17 @@ def test_a_model_without_a_template(client, engine, stream):
     engine.chat_template = None
     error = client.fault(client.chat("hi", stream=stream), 400)
     assert "chat template" in error["message"]
+
+
+def test_what_the_template_cannot_show_is_refused(client, engine):
+    engine.chat_template = ChatTemplate({"default": "{% for m in messages %}{{ m.content }}{% endfor %}"})
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for name, fields in (
+        ("tools", {"tools": tools, "tool_choice": "none"}),
+        ("documents", {"documents": [{"text": "a"}]}),
+    ):
+        error = client.fault(client.chat("hi", **fields), 400)
+        assert error["param"] == name
+        assert "no place for" in error["message"]
+    assert client.fault(client.chat("hi", documents="a"), 400)["param"] == "documents"
+    assert engine.seen == []

@@ -28,6 +28,7 @@ from jinfer.text import ChatTemplate, IncrementalDetokenizer, Tokenizer
 REPLY = "Grüße, 世界! 🙂 The end."
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}[tools:{{ tools | length }}]{% endif %}{% if mood %}[{{ mood }}]{% endif %}"
+    "{% if documents %}[documents:{{ documents | map(attribute='title') | join }}]{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -171,9 +171,9 @@ def test_templates_are_found_in_order(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     template = found(tmp_path)
     assert (template.render(message), template.render(message, [WEATHER])) == ("d", "t")
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "j"}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "j{% if tools %}{% endif %}"}))
     assert found(tmp_path).render(message, [WEATHER]) == "j"
-    (tmp_path / "chat_template.jinja").write_text("f{{ bos_token }}")
+    (tmp_path / "chat_template.jinja").write_text("f{{ bos_token }}{% if tools %}{% endif %}")
     config["bos_token"] = {"content": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert found(tmp_path).render(message, [WEATHER]) == "f<s>"
