@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jinfer.layers.parameter import Build, parameter
+from pallas_kernels.native import matmul
 
 
 def project(
@@ -20,6 +21,7 @@ def project(
     *,
     num_in: int = 1,
     weight_first: bool = False,
+    native_rows: int = 0,
     accumulate: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "T *out"]:
     """`einsum('o...i...,ti...->to...', weight, x)`; the last `num_in` dimensions of weight and x are summed over.
@@ -27,11 +29,16 @@ def project(
     Weights keep the checkpoint's order, outputs before inputs, so loading moves nothing.
 
     weight_first: form the product as [out, T] and transpose it (see `Build.weight_first`).
+    native_rows: up to so many tokens go to the native CPU kernel (see `Build.native_rows`).
     accumulate: dtype of the result, if not x's.
     """
     out_shape, in_shape = weight.shape[:-num_in], weight.shape[-num_in:]
     in_size, num_tokens = math.prod(in_shape), x.shape[0]
     dtype = accumulate or x.dtype
+    if num_tokens <= native_rows:
+        return matmul(weight.reshape(-1, in_size), x.reshape(num_tokens, in_size)).reshape(
+            num_tokens, *out_shape
+        )
     if weight_first:
         # Flat operands: this is the form that XLA's CPU backend hands to its matmul library as it is.
         flat = lax.dot_general(
@@ -65,10 +72,16 @@ class Linear(nnx.Module):
         self.weight = parameter(build, (*shape_out, *shape_in), (*axes_out, *axes_in))
         self.bias = parameter(build, shape_out, axes_out) if bias else None
         self.num_in = len(shape_in)
-        self.weight_first = build.weight_first
+        self.weight_first, self.native_rows = build.weight_first, build.native_rows
 
     def __call__(self, x: Float[Array, "T *in"]) -> Float[Array, "T *out"]:
-        y = project(self.weight[...], x, num_in=self.num_in, weight_first=self.weight_first)
+        y = project(
+            self.weight[...],
+            x,
+            num_in=self.num_in,
+            weight_first=self.weight_first,
+            native_rows=self.native_rows,
+        )
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -17,6 +17,8 @@ class Build:
 
     dtype: of weights and activations.
     weight_first: compute w @ x.T instead of x @ w.T. XLA's CPU matmul runs up to twice as fast this way at few rows.
+    native_rows: up to so many tokens are multiplied by `pallas_kernels.native.matmul`, which XLA can neither partition
+      nor differentiate: float32 steps on one CPU device only.
     tensor_parallel: devices that share each layer; KV heads are replicated up to it.
     expert_parallel: sets of such devices that part the experts of a mixture among them.
     experts_over_tensor: the devices that share a layer hold whole experts, instead of a part of each.
@@ -26,6 +28,7 @@ class Build:
 
     dtype: Any = jnp.float32
     weight_first: bool = True
+    native_rows: int = 0
     tensor_parallel: int = 1
     expert_parallel: int = 1
     experts_over_tensor: bool = False
