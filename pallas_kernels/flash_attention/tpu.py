@@ -35,6 +35,7 @@ __all__ = ["attend", "why_not"]
 LANES = 128
 NEGATIVE = -1e30  # stands for minus infinity where a difference of two of them must stay finite
 LOG2E = math.log2(math.e)
+VMEM_BYTES = 48 * 1024 * 1024  # of 64 MiB on v5p and tpu7x, 128 MiB on v5e and v6e
 MAX_PAIRS = 1 << 17  # the list lives in the scalar memory: 1 MiB on every generation
 
 
@@ -53,14 +54,13 @@ def attend(q, k, v, lengths, sinks, spec: AttentionSpec):
     q, k, v = (_side_by_side(x, width) for x in (q, k, v))
     if sinks is None:
         sinks = jnp.zeros((spec.num_heads,), jnp.float32)
-    last_block = blocks.keys
 
     def query_at(b, head, pair, pairs, lengths, sinks):
         return b, unpack(pairs[pair])[0], head
 
     def key_at(b, head, pair, pairs, lengths, sinks):
         # Pairs past the sequence's end stay on its last block: what is already there is not fetched again.
-        last = jnp.maximum(lengths[b] - 1, 0) // last_block
+        last = jnp.maximum(lengths[b] - 1, 0) // blocks.keys
         return b, jnp.minimum(unpack(pairs[pair])[1], last), head
 
     queries = pl.BlockSpec((1, blocks.queries, spec.groups * width), query_at)
@@ -81,7 +81,7 @@ def attend(q, k, v, lengths, sinks, spec: AttentionSpec):
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         name="flash_attention",
     )(pairs, lengths, sinks.astype(jnp.float32), q, k, v)
@@ -125,6 +125,7 @@ def _kernel(
         total_ref,
         acc_ref,
         spec=spec,
+        blocks=blocks,
         width=width,
         first_query=first_query,
         first_key=first_key,
@@ -160,40 +161,76 @@ def _kernel(
 
 
 def _step(
-    q_ref, k_ref, v_ref, top_ref, total_ref, acc_ref, *, spec, width, first_query, first_key, length, masked
+    q_ref,
+    k_ref,
+    v_ref,
+    top_ref,
+    total_ref,
+    acc_ref,
+    *,
+    spec: AttentionSpec,
+    blocks: Blocks,
+    width: int,
+    first_query,
+    first_key,
+    length,
+    masked: bool,
 ):
-    """One block of keys for all query heads of the tile."""
+    """One block of keys for all query heads of the tile.
+
+    The tile is taken in units of rows that do not depend on each other. While one's softmax occupies the vector
+    units, the next one's logits and the last one's values occupy the matrix units: that overlap is the compiler's to
+    find, and it finds it when the program is written in this order.
+    """
     k, v = k_ref[0], v_ref[0]
-    num_queries, num_keys = q_ref.shape[1], k.shape[0]
-    precision = lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
+    num_keys = k.shape[0]
+    product = partial(
+        lax.dot_general,
+        precision=lax.Precision.HIGHEST if k.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
     visible = None
     if masked:
-        visible = _visible(spec, (num_queries, num_keys), first_query, first_key, length)
+        visible = _visible(spec, (blocks.queries, num_keys), first_query, first_key, length)
         # Dead keys' values may be NaN, which a weight of 0 would not stop.
         position = first_key + lax.broadcasted_iota(jnp.int32, v.shape, 0)
         v = jnp.where(position < length, v.astype(jnp.float32), 0.0).astype(v.dtype)
-    for g in range(spec.groups):
-        q = q_ref[0, :, g * width : (g + 1) * width]
-        logits = lax.dot_general(
-            q, k, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+
+    def score(unit):
+        head, rows = unit
+        q = q_ref[0, rows, head * width : (head + 1) * width]
+        logits = product(q, k, (((1,), (1,)), ((), ())))
         if spec.soft_cap is None:
             logits = logits * (spec.scale * LOG2E)
         else:
             logits = jnp.tanh(logits * (spec.scale / spec.soft_cap)) * (spec.soft_cap * LOG2E)
-        if visible is not None:
-            logits = jnp.where(visible, logits, NEGATIVE)
-        top = top_ref[g]
+        return logits if visible is None else jnp.where(visible[rows], logits, NEGATIVE)
+
+    def weigh(unit, logits):
+        top = top_ref[unit]
         new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
         weights = jnp.exp2(logits - _widen(new_top, num_keys))
         shrink = jnp.exp2(top - new_top)
         parts = weights[:, :LANES]
         for lane in range(LANES, num_keys, LANES):
             parts += weights[:, lane : lane + LANES]
-        total_ref[g] = total_ref[g] * shrink + parts
-        update = jnp.dot(weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
-        acc_ref[g] = acc_ref[g] * _widen(shrink, width) + update
-        top_ref[g] = new_top
+        total_ref[unit] = total_ref[unit] * shrink + parts
+        top_ref[unit] = new_top
+        return weights.astype(v.dtype), shrink
+
+    def gather(unit, weights, shrink):
+        acc_ref[unit] = acc_ref[unit] * _widen(shrink, width) + product(weights, v, (((1,), (0,)), ((), ())))
+
+    starts = range(0, blocks.queries, blocks.unit)
+    units = [(head, slice(row, row + blocks.unit)) for head in range(spec.groups) for row in starts]
+    scored, weighed = [], []
+    for index in range(len(units) + 2):
+        if index < len(units):
+            scored.append(score(units[index]))
+        if 0 < index <= len(units):
+            weighed.append(weigh(units[index - 1], scored.pop(0)))
+        if index > 1:
+            gather(units[index - 2], *weighed.pop(0))
 
 
 def _widen(x, size: int):
