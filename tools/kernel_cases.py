@@ -151,12 +151,22 @@ def batch_shapes(case: Case) -> Any:
     )
 
 
+def pool_bytes(case: Case) -> int:
+    """Of the KV pool that a paged case donates."""
+    if case.op != "paged_attention" or case.implementation == "jax":
+        return 0
+    import jax
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_paged(case)[1][3]))
+
+
 def num_tokens(case: Case) -> int:
     return case.rows if case.phase == "decode" else case.tokens
 
 
 def _paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
     from pallas_kernels import paged_attention as pa
+    from pallas_kernels.paged_attention import api as pa_api
 
     shape, tokens, name = case.heads, num_tokens(case), case.implementation
     pages = case.rows * -(-case.context // case.page_size) + 1
@@ -164,10 +174,17 @@ def _paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
         pages, case.page_size, shape.kv_heads, shape.head_dim, case.kv_dtype, implementation=name
     )
 
+    scales: dict[str, Any] = {"k_scale": 0.05, "v_scale": 0.05} if case.kv_dtype in pa_api.QUANTIZED else {}
+
     def step(q, k, v, kv, batch, page_offset):
         plan = pa.prepare(batch, kv, tokens, implementation=name)
-        kv = pa.write_kv(kv, k, v, plan, page_offset=page_offset)
-        options = {"scale": shape.head_dim**-0.5, "sliding_window": shape.window, "soft_cap": shape.soft_cap}
+        kv = pa.write_kv(kv, k, v, plan, page_offset=page_offset, **scales)
+        options = {
+            **scales,
+            "scale": shape.head_dim**-0.5,
+            "sliding_window": shape.window,
+            "soft_cap": shape.soft_cap,
+        }
         return pa.attend(q, kv, plan, page_offset=page_offset, **options), kv
 
     new = _shape(tokens, shape.kv_heads, shape.head_dim)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tools.kernel_cases import Case, Heads, read_heads
+from dataclasses import replace
 
-FLASH = {"rows": 1, "context": 8192}
+from tools.kernel_cases import Case, Heads, read_heads
 
 
 def shapes() -> list[Heads]:
@@ -20,7 +20,7 @@ def default_cases(kind: str) -> list[Case]:
             cases.append(Case("paged_attention", phase, heads, kind))
     cases.append(Case("paged_attention", "decode", read_heads("llama-3-8b"), kind, kv_dtype="int8"))
     for heads in (read_heads("llama-3-8b"), read_heads("gemma-2-9b"), read_heads("phi-3-mini")):
-        cases.append(Case("flash_attention", "prefill", heads, kind, **FLASH))
+        cases.append(Case("flash_attention", "prefill", heads, kind, rows=1, context=8192))
     if kind == "gpu":
         return cases
     return [both for case in cases for both in (case, _jax_twin(case)) if both is not None]
@@ -29,4 +29,4 @@ def default_cases(kind: str) -> list[Case]:
 def _jax_twin(case: Case) -> Case | None:
     if case.kv_dtype == "int8":  # jax's own takes one scale for the whole pool: not the same work
         return None
-    return Case(**{**vars(case), "implementation": "jax"})
+    return replace(case, implementation="jax")

@@ -16,7 +16,7 @@ from typing import Any
 from tools.targets.gpu import GPU_TARGETS, GPUTarget
 from tools.targets.tpu import TPU_TARGETS, TPUTarget
 
-__all__ = ["TARGETS", "ChildError", "GPUTarget", "TPUTarget", "Target", "find", "run_child"]
+__all__ = ["TARGETS", "ChildError", "GPUTarget", "TPUTarget", "Target", "ask_child", "find", "run_child"]
 
 Target = TPUTarget | GPUTarget
 TARGETS: dict[str, Target] = {target.name: target for target in (*TPU_TARGETS, *GPU_TARGETS)}
@@ -39,42 +39,56 @@ def find(name: str) -> Target:
     raise ValueError(f"unknown target {name!r}: use one of {', '.join(TARGETS)}")
 
 
-def run_child(
+def ask_child(
     module: str, target: Target, request: dict[str, Any], *, dump: Path | None = None, timeout: float = 1800
-) -> Any:
-    """Runs `python -m module` in a process set up for the target: JSON request on stdin, JSON answer on stdout.
+) -> tuple[list[Any], str | None]:
+    """Runs `python -m module` in a process set up for the target.
+
+    The request goes to its stdin as JSON; it answers with lines of JSON on stdout.
 
     Args:
       dump: a folder for the compiler's own notes on what it made.
       timeout: seconds.
 
-    Raises:
-      ChildError: it failed, died (some compilers abort the process) or did not end in time.
+    Returns:
+      The answers, and None or why it failed: some compilers abort the process, and what was answered until then counts.
     """
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("JAX_", "XLA_", "TPU_", "LIBTPU_", "MOSAIC_"))
-    }
-    environment = kept | {
-        "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    }
-    environment |= target.environment(dump)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", module],
-            input=json.dumps({"target": target.name, **request}),
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ChildError(f"did not end within {timeout:.0f} s") from error
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        raise ChildError(f"exit status {done.returncode}: {_last_words(done.stderr)}")
-    return json.loads(lines[-1])
+    dropped = ("JAX_", "XLA_", "TPU_", "LIBTPU_", "MOSAIC_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    paths = [path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path]
+    environment = kept | {"PYTHONPATH": os.pathsep.join(paths)} | target.environment(dump)
+    request = {"target": target.name, **request}
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    with process:
+        try:
+            out, said = process.communicate(json.dumps(request), timeout=timeout)
+            reason = f"exit status {process.returncode}: {_last_words(said)}" if process.returncode else None
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, said = process.communicate()
+            reason = f"did not end within {timeout:.0f} s"
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")], reason
+
+
+def run_child(
+    module: str, target: Target, request: dict[str, Any], *, dump: Path | None = None, timeout: float = 1800
+) -> Any:
+    """`ask_child` for one answer.
+
+    Raises:
+      ChildError: there was none.
+    """
+    answers, reason = ask_child(module, target, request, dump=dump, timeout=timeout)
+    if reason is not None or not answers:
+        raise ChildError(reason or "it answered nothing")
+    return answers[-1]
 
 
 def _last_words(stderr: str, lines: int = 6) -> str:
