@@ -85,7 +85,8 @@ def read_heads(model: str) -> Heads:
 
 
 def models() -> list[str]:
-    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+    """Models whose attention shapes stand for the others': few, since each costs seconds per kernel and target."""
+    return ["gemma-2-9b", "llama-3-70b", "llama-3-8b", "phi-3-mini", "qwen2.5-7b"]
 
 
 def build(case: Case, devices: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
