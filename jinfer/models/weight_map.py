@@ -173,36 +173,45 @@ class WeightMap:
 
         names: the checkpoint's tensors, which decide between recipes; None: the first recipe of each.
         """
-        config, result = spec.config, []
+        result = []
         for path, param in skeleton(spec)[2].items():
             abstract = param.get_value()
             shape = tuple(abstract.shape)
-            sharding = named_sharding(mesh, param.get_metadata()["logical_axes"], shape)
-            layers, name = layers_of(path, shape)
-            count, inner = len(layers), shape
-            if layers:
-                recipe = {**LAYER, **self.layer}[name]
-                inner = shape[1:] if is_stacked(path) else shape
-            else:
-                recipe = {**TOP, **self.top}[name]
-            prefixes = [self.layer_prefix.format(i) for i in layers] or [""]
-            while recipe.otherwise and names is not None:
-                if prefixes[0] + recipe.sources(config, inner)[0][0] in names:
-                    break
-                recipe = recipe.otherwise
-            parts = recipe.sources(config, inner)
+            sources, build, layers = self._made_of(spec.config, path, shape, names)
             result.append(
                 Leaf(
                     path=path,
                     shape=shape,
                     dtype=abstract.dtype,
-                    sources=tuple((prefix + name, size) for prefix in prefixes for name, size in parts),
-                    build=recipe.build(config, inner),
-                    sharding=sharding,
-                    layers=count if is_stacked(path) else 0,
+                    sources=sources,
+                    build=build,
+                    sharding=named_sharding(mesh, param.get_metadata()["logical_axes"], shape),
+                    layers=len(layers) if is_stacked(path) else 0,
                 )
             )
         return result
+
+    def names(self, spec: ModelSpec) -> set[str]:
+        """The tensors that a checkpoint of the spec's decoder has, by the first recipe of each parameter."""
+        shapes = {path: tuple(param.get_value().shape) for path, param in skeleton(spec)[2].items()}
+        made_of = [self._made_of(spec.config, path, shape, None)[0] for path, shape in shapes.items()]
+        return {name for sources in made_of for name, _ in sources}
+
+    def _made_of(
+        self, config: ModelConfig, path: str, shape: Shape, names: Collection[str] | None
+    ) -> tuple[Sources, Callable[[list[np.ndarray]], np.ndarray], tuple[int, ...]]:
+        """(tensors of all its layers, how one layer is built from its own, the layers) of one parameter."""
+        layers, inside = layers_of(path, shape)
+        inner = shape[1:] if is_stacked(path) else shape
+        recipe = {**LAYER, **self.layer}[inside] if layers else {**TOP, **self.top}[path]
+        prefixes = [self.layer_prefix.format(i) for i in layers] or [""]
+        while recipe.otherwise and names is not None:
+            if prefixes[0] + recipe.sources(config, inner)[0][0] in names:
+                break
+            recipe = recipe.otherwise
+        parts = recipe.sources(config, inner)
+        sources = tuple((prefix + name, size) for prefix in prefixes for name, size in parts)
+        return sources, recipe.build(config, inner), layers
 
     def ignores(self, name: str, config: ModelConfig) -> bool:
         """True for tensors that may be in a checkpoint without being used."""

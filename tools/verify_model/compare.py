@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,8 @@ from tools.verify_model.reference import Reference, margin, relative_error
 
 # Small steps, so that a prompt is computed in chunks, several pages each.
 ENGINE: dict[str, Any] = {
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 64,
     "block_size": 8,
     "dtype": "float32",
-    "warmup": False,
 }
 
 
@@ -31,6 +29,7 @@ class Settings:
 
     tolerance: largest deviation of a logit, as a share of its row's largest magnitude. Where greedy tokens differ and
     the two best logits are closer than that, either is right.
+    threads: engines at once, each with its own copy of the model.
     """
 
     prompt_lengths: tuple[int, ...] = (1, 17, 300)
@@ -38,6 +37,7 @@ class Settings:
     tensor_parallel_sizes: tuple[int, ...] = (1,)
     tolerance: float = 1e-4
     seed: int = 0
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,15 @@ class Check:
     detail: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
     """All comparisons of one model."""
 
-    checks: list[Check] = field(default_factory=list)
+    checks: list[Check]
 
     @property
     def passed(self) -> bool:
         return bool(self.checks) and all(check.passed for check in self.checks)
-
-    def add(self, name: str, passed: bool, detail: str) -> None:
-        self.checks.append(Check(name, passed, detail))
 
     def __str__(self) -> str:
         width = max((len(check.name) for check in self.checks), default=0)
@@ -117,48 +114,61 @@ def verify_model(
     if expected is None:
         prompts = random_prompts(settings, config.vocab_size, config.max_position_embeddings)
         expected = expectations(reference, prompts, settings.new_tokens)
-    report = Report()
-    _compare_logits(report, folder, reference, expected, settings)
-    for size in settings.tensor_parallel_sizes:
-        _compare_tokens(report, folder, expected, settings, size)
-    return report
+    logits = _compare_logits(folder, reference, expected, settings)
+    with ThreadPoolExecutor(settings.threads) as pool:
+        compare = functools.partial(_compare_tokens, folder, expected, settings)
+        return Report(
+            [logits, *(c for checks in pool.map(compare, settings.tensor_parallel_sizes) for c in checks)]
+        )
 
 
 def _compare_logits(
-    report: Report, folder: Path, reference: Reference, expected: Mapping[str, Expected], settings: Settings
-) -> None:
+    folder: Path, reference: Reference, expected: Mapping[str, Expected], settings: Settings
+) -> Check:
     name, longest = max(expected.items(), key=lambda item: len(item[1].prompt))
     params = load_params(str(folder), dtype="float32", layer_loop="scan")
     actual = np.asarray(jax.jit(forward)(params, jnp.asarray(longest.prompt)))
     error = relative_error(actual, reference.logits(longest.prompt))
     detail = f"largest deviation {error:.1e} of {settings.tolerance:.0e}"
-    report.add(f"logits, {name}", error < settings.tolerance, detail)
+    return Check(f"logits, {name}", error < settings.tolerance, detail)
 
 
 def _compare_tokens(
-    report: Report, folder: Path, expected: Mapping[str, Expected], settings: Settings, devices: int
-) -> None:
-    longest = max(len(e.prompt) for e in expected.values()) + settings.new_tokens
-    # Layers are unrolled on one device and scanned on several, so that both are seen.
-    loop = "unroll" if devices == 1 else "scan"
-    options = {**ENGINE, "max_model_len": longest, "tensor_parallel_size": devices, "layer_loop": loop}
+    folder: Path, expected: Mapping[str, Expected], settings: Settings, devices: int
+) -> list[Check]:
+    longest = max(len(one.prompt) for one in expected.values()) + settings.new_tokens
+    # Layers are unrolled on one device and scanned on several, and chunks are of two sizes, so that all is seen.
+    loop, chunk = ("unroll", 64) if devices == 1 else ("scan", 32)
+    options = {
+        **ENGINE,
+        "max_num_seqs": max(len(expected), 2),
+        "max_num_batched_tokens": chunk,
+        "max_model_len": longest,
+        "tensor_parallel_size": devices,
+        "layer_loop": loop,
+        # One device meets every step program, so they may be compiled side by side; several meet fewer.
+        "warmup": devices == 1,
+    }
     engine = Engine(EngineConfig(model=str(folder), **options))
-    compare = functools.partial(_compare_run, report, engine, settings=settings)
+    # The longest first: the others then join its last chunk, and all end in the same step, in few programs.
+    together = dict(sorted(expected.items(), key=lambda item: -len(item[1].prompt)))
     if devices > 1:
-        compare(expected, f"together on {devices} devices")
-        return
+        return _compare_run(engine, together, f"together on {devices} devices", settings)[0]
+    checks: list[Check] = []
     for name, one in expected.items():
-        compare({name: one}, "alone")
-    cached = compare(expected, "together, prefixes cached")
-    pages = (max(len(e.prompt) for e in expected.values()) - 1) // options["block_size"]
+        checks += _compare_run(engine, {name: one}, "alone", settings)[0]
+    more, cached = _compare_run(engine, together, "together, prefixes cached", settings)
+    checks += more
+    pages = (max(len(one.prompt) for one in expected.values()) - 1) // options["block_size"]
     if pages and engine.model_config.fixed_angles_length is None:
-        report.add("prefix cache", cached > 0, f"{cached} prompt tokens were found in it")
+        checks.append(Check("prefix cache", cached > 0, f"{cached} prompt tokens were found in it"))
+    return checks
 
 
 def _compare_run(
-    report: Report, engine: Engine, expected: Mapping[str, Expected], how: str, *, settings: Settings
-) -> int:
-    """Runs the prompts at once and compares; returns how many prompt tokens came from the cache."""
+    engine: Engine, expected: Mapping[str, Expected], how: str, settings: Settings
+) -> tuple[list[Check], int]:
+    """Runs the prompts at once: their comparisons, and how many prompt tokens came from the cache."""
     params = SamplingParams(temperature=0.0, max_tokens=settings.new_tokens, ignore_eos=True)
     for name, one in expected.items():
         engine.add_request(name, one.prompt, params)
@@ -167,10 +177,11 @@ def _compare_run(
     for delta in engine.drain():
         tokens[delta.request_id] += delta.token_ids
         cached[delta.request_id] = delta.num_cached_tokens
-    for name, one in expected.items():
-        passed, detail = _judge(tokens[name], one, settings.tolerance)
-        report.add(f"greedy, {name}, {how}", passed, detail)
-    return sum(cached.values())
+    checks = [
+        Check(f"greedy, {name}, {how}", *_judge(tokens[name], one, settings.tolerance))
+        for name, one in expected.items()
+    ]
+    return checks, sum(cached.values())
 
 
 def _judge(actual: Sequence[int], expected: Expected, tolerance: float) -> tuple[bool, str]:
