@@ -158,7 +158,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "attention_multiplier": 0.1,
         },
         {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1, "attention_multiplier": 0.3},
-        {"tie_word_embeddings": True, "embedding_multiplier": 12.0, "logits_scaling": 0.5, "hidden_size": 56},
+        {"tie_word_embeddings": True, "embedding_multiplier": 2.0, "logits_scaling": 0.5, "hidden_size": 56},
     ],
     "smollm3": [
         {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "tie_word_embeddings": True},

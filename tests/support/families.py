@@ -12,28 +12,29 @@ from tools.verify_model.reference import margin
 SETTINGS = Settings(prompt_lengths=(1, 17, 300), new_tokens=48, tensor_parallel_sizes=(2, 4, 1), threads=2)
 # Twice the largest deviation that is allowed, some hundred times what float32 leaves between the two.
 CLEAR_MARGIN = 2e-4
+VARIETY = 12
 SEEDS = 20
 
 
 def clear_model(
     model_type: str, root: Path, settings: Settings = SETTINGS, **config: Any
 ) -> tuple[Path, dict[str, Expected]]:
-    """A folder whose greedy choices are no near ties, and what transformers generates: the first seed that gives one."""
+    """A folder and what transformers generates with it: the first seed whose choices are neither near ties nor the
+    same few tokens again and again, which would say little about the layers before."""
     for seed in range(SEEDS):
         folder = make_model(model_type, root / str(seed), **{"seed": seed, **config})
         oracle = reference(folder)
         prompts = random_prompts(settings, 256, oracle.model.config.max_position_embeddings)
         expected = expectations(oracle, prompts, settings.new_tokens)
-        if min(margin(one.logits) for one in expected.values()) > CLEAR_MARGIN:
+        least = min(margin(one.logits) for one in expected.values())
+        if least > CLEAR_MARGIN and len({t for one in expected.values() for t in one.tokens}) > VARIETY:
             return folder, expected
-    raise AssertionError(f"no seed below {SEEDS} gives clear choices: make the weights larger")
+    raise AssertionError(f"no seed below {SEEDS} gives clear and varied choices: try other weights")
 
 
 def check_family(model_type: str, root: Path, settings: Settings = SETTINGS, **config: Any) -> Report:
     """Makes a random-weight model and asserts that jinfer computes it as transformers does, in every way."""
     folder, expected = clear_model(model_type, root, settings, **config)
-    # Greedy choices that repeat one token say little about the layers before.
-    assert len({token for one in expected.values() for token in one.tokens}) > 8
     report = verify_model(folder, settings, reference=reference(folder), expected=expected)
     assert report.passed, f"{model_type} {config}\n{report}"
     return report

@@ -91,7 +91,8 @@ def make_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=random)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else scale * noise)
+            is_norm = "norm" in name and not name.endswith("bias")
+            parameter.copy_(1 + 0.2 * noise if is_norm else scale * noise)
         saved = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             if name in saved:  # numbers that were learned without a gradient
