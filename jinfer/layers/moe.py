@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jinfer.layers.linear import Linear, project
 from jinfer.layers.mlp import ACTIVATIONS, MLPSpec
-from jinfer.layers.parameter import Build, parameter
+from jinfer.layers.parameter import Build, InStack, parameter
 from jinfer.mesh import abstract_mesh, partition_spec
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -122,8 +122,9 @@ class Experts(nnx.Module):
         experts, inner = ("experts", "feed_forward")
         if build.experts_over_tensor:
             experts, inner = ("experts_over_tensor", None)
-        self.gate_up = parameter(build, (count, 2, width, embed), (experts, None, inner, "embed"))
-        self.down = parameter(build, (count, embed, width), (experts, "embed", inner))
+        axes = (experts, None, inner, "embed")
+        self.gate_up = parameter(build, (count, 2, width, embed), axes, in_place=True)
+        self.down = parameter(build, (count, embed, width), (experts, "embed", inner), in_place=True)
         self.gate_up_bias = parameter(build, (count, 2, width), (experts, None, inner)) if spec.bias else None
         self.down_bias = parameter(build, (count, embed), (experts, "embed")) if spec.bias else None
         self.spec, self.build = spec, build
@@ -144,30 +145,36 @@ class Experts(nnx.Module):
     ) -> Float[Array, "T E"]:
         """The weighted sum of each token's experts. live: tokens from it on are padding, and cost next to nothing."""
         real = jnp.arange(x.shape[0]) < (x.shape[0] if live is None else live)
-        held = [
-            None if p is None else p[...]
-            for p in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
-        ]
+        gate_up, down = in_stack(self.gate_up), in_stack(self.down)
+        biases = [None if p is None else p[...] for p in (self.gate_up_bias, self.down_bias)]
+        held = [gate_up.array, biases[0], down.array, biases[1]]
         if self.mesh.size == 1 and self.build.platform != "tpu":
-            return self._local(x, weights, experts, real, held)
+            return self._local(x, weights, experts, real, gate_up.index, held)
         # A kernel for TPU is compiled under shard_map even for one device: there it learns which TPU it is for.
         part, inner = self.expert_axis, self.inner_axis
-        specs = [P(part, None, inner, None), P(part, None, inner), P(part, None, inner), P(part, None)]
+        specs = [
+            P(None, part, None, inner, None),
+            P(part, None, inner),
+            P(None, part, None, inner),
+            P(part, None),
+        ]
         held_specs = [None if array is None else spec for array, spec in zip(held, specs, strict=True)]
         call = jax.shard_map(
             self._local,
             mesh=self.mesh,
-            in_specs=(P(), P(), P(), P(), held_specs),
+            in_specs=(P(), P(), P(), P(), P(), held_specs),
             out_specs=P(),
             check_vma=False,
         )
-        return call(x, weights, experts, real, held)
+        return call(x, weights, experts, real, gate_up.index, held)
 
-    def _local(self, x: Array, weights: Array, experts: Array, real: Array, held: list[Any]) -> Array:
+    def _local(
+        self, x: Array, weights: Array, experts: Array, real: Array, layer: Array, held: list[Any]
+    ) -> Array:
         """One device's share of the sum, and the sum over devices."""
         gate_up, gate_up_bias, down, down_bias = held
         num_tokens, chosen = experts.shape
-        count, _, width, embed = gate_up.shape
+        depth, count, _, width, embed = gate_up.shape
         if self.expert_axis is not None:
             experts = experts - lax.axis_index(self.expert_axis) * count
         mine = (experts >= 0) & (experts < count) & real[:, None]
@@ -177,8 +184,9 @@ class Experts(nnx.Module):
         sizes = jnp.sum(key[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
         expert = jnp.minimum(key[order], count - 1)
 
-        product = partial(grouped_matmul, group_sizes=sizes, platform=self.build.platform)
-        both = product(x[order // chosen], gate_up.reshape(count, 2 * width, embed)).reshape(-1, 2, width)
+        product = partial(grouped_matmul, group_sizes=sizes, layer=layer, platform=self.build.platform)
+        both = product(x[order // chosen], gate_up.reshape(depth, count, 2 * width, embed))
+        both = both.reshape(-1, 2, width)
         if gate_up_bias is not None:
             both = both + gate_up_bias[expert]
         y = product(self._activate(both[:, 0], both[:, 1]), down)
@@ -197,6 +205,12 @@ class Experts(nnx.Module):
     def _activate(self, gate: Array, up: Array) -> Array:
         activation = self.spec.activation
         return ACTIVATIONS[activation](gate) * up if isinstance(activation, str) else activation(gate, up)
+
+
+def in_stack(param: nnx.Param) -> InStack:
+    """The parameter's place in a stack of layers, which is of this layer alone where none is scanned over."""
+    value: Any = param.get_value()
+    return value if isinstance(value, InStack) else InStack(value[None], jnp.int32(0))
 
 
 class MoE(nnx.Module):

@@ -24,7 +24,7 @@ from flax import nnx
 from jax import lax
 
 from jinfer.layers.attention import KVKind, LayerIndex
-from jinfer.layers.parameter import Build
+from jinfer.layers.parameter import Build, InStack
 
 Carry = TypeVar("Carry")
 Spec = TypeVar("Spec", bound=Hashable)
@@ -126,15 +126,22 @@ class LayerStack(nnx.Module):
 
     def _scan(self, s: Segment, body: Callable[[Any, LayerIndex, Carry], Carry], carry: Carry) -> Carry:
         places = range(s.first, s.first + s.period)
-        parts = [nnx.split(self.layer[f"{at}_{s.period}"]) for at in places]
+        split = [nnx.split(self.layer[f"{at}_{s.period}"]) for at in places]
+        params = [dict(nnx.to_flat_state(state)) for _, state in split]
+        # What a kernel reads in place is not sliced by the scan, but goes to every layer whole.
+        sliced = [{path: p for path, p in of.items() if not p.get_metadata()["in_place"]} for of in params]
         indices = [self._index([at + s.period * r for r in range(s.repeats)]) for at in places]
 
-        def step(carry: Carry, xs: tuple[list[Any], list[LayerIndex]]) -> tuple[Carry, None]:
-            for (graph, _), weights, index in zip(parts, *xs, strict=True):
-                carry = body(nnx.merge(graph, weights), index, carry)
+        def step(carry: Carry, xs: Any) -> tuple[Carry, None]:
+            repeat, slices, here = xs
+            for (graph, _), of, own, index in zip(split, params, slices, here, strict=True):
+                whole = {path: p.replace(InStack(p.get_value(), repeat)) for path, p in of.items()}
+                flat = [(path, own.get(path, p)) for path, p in whole.items()]
+                carry = body(nnx.merge(graph, nnx.from_flat_state(flat)), index, carry)
             return carry, None
 
-        return lax.scan(step, carry, ([weights for _, weights in parts], indices))[0]
+        repeats = jnp.arange(s.repeats, dtype=jnp.int32)
+        return lax.scan(step, carry, (repeats, sliced, indices))[0]
 
     def _alone(
         self,
