@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import AUTO, ImplementationError, Registry
-from pallas_kernels.paged_attention import cpu, reference, xla
+from pallas_kernels.paged_attention import cpu, reference, tpu, xla
 from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 128
@@ -73,6 +73,7 @@ REGISTRY: Registry[Implementation] = Registry(
 REGISTRY.add("reference", cast(Implementation, reference))
 REGISTRY.add("xla", cast(Implementation, xla))
 REGISTRY.add("cpu", cast(Implementation, cpu))
+REGISTRY.add("tpu", cast(Implementation, tpu))
 
 
 @jax.tree_util.register_dataclass

@@ -76,19 +76,19 @@ class RaggedBatch:
         return jnp.where(token < self.num_tokens, page, 0), position % page_size
 
 
-def tree_allows(words: jax.Array, key: jax.Array, query: jax.Array) -> jax.Array:
+def tree_allows(words: list[jax.Array], key: jax.Array, query: jax.Array) -> jax.Array:
     """bool: whether a query sees a key by its tree mask alone.
 
     Args:
-      words: int32[..., W], the query's mask.
+      words: W arrays of int32, the query's mask.
       key, query: int32[...], their places among their row's new tokens; negative for a key before them.
     """
-    num_bits = 32 * words.shape[-1]
+    num_bits = 32 * len(words)
     bit = jnp.clip(key, 0, num_bits - 1)
-    word = words[..., 0]
-    for index in range(1, words.shape[-1]):
-        word = jnp.where(bit // 32 == index, words[..., index], word)
-    seen = jnp.right_shift(word, bit % 32) & 1
+    word = words[0]
+    for index in range(1, len(words)):
+        word = jnp.where(bit >> 5 == index, words[index], word)
+    seen = jnp.right_shift(word, bit & 31) & 1
     return (seen == 1) | (key < 0) | (key >= num_bits) | (key == query)
 
 

@@ -54,7 +54,7 @@ def attend(
         if sliding_window is not None:
             visible &= position - key_position < sliding_window
         first_new = batch.context_lens[row] - (batch.query_starts[row + 1] - batch.query_starts[row])
-        visible &= tree_allows(words, key_position - first_new, position - first_new)
+        visible &= tree_allows(list(words), key_position - first_new, position - first_new)
         logits = jnp.where(visible, logits, -jnp.inf)
         if sinks is not None:  # a sink takes part in the softmax and has no value
             logits = jnp.concatenate([logits, sinks.astype(jnp.float32)[:, None]], axis=1)

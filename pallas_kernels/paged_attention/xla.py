@@ -300,7 +300,9 @@ def _attend_blocks(
         if tree is not None:
             words, first_new = tree
             query = position[:, :, None] - first_new
-            visible &= tree_allows(words[:, :, None], query - distance, query)
+            visible &= tree_allows(
+                [words[:, :, None, w] for w in range(words.shape[-1])], query - distance, query
+            )
         visible = visible[:, None]
         new_top = jnp.maximum(top, jnp.max(jnp.where(visible, logits, NEGATIVE), axis=-1))
         weights = jnp.where(visible, jnp.exp(logits - new_top[..., None]), 0.0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import paged_attention as pa
+from pallas_kernels.paged_attention.tpu_pages import TpuPool, lanes_of, value_lane
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,29 @@ class Runner:
         if key not in self._compiled:
             self._compiled[key] = jax.jit(_write_and_attend(shape, implementation))
         offset = jnp.int32(layer * shape.pages_per_layer)
-        output, kv = self._compiled[key](step.q, step.k, step.v, step.kv, step.batch, offset)
+        kv = tpu_pool(step.kv) if implementation == "tpu" else step.kv
+        output, kv = self._compiled[key](step.q, step.k, step.v, kv, step.batch, offset)
+        kv = plain_pool(kv) if implementation == "tpu" else kv
         return np.asarray(output, np.float32), np.asarray(kv, np.float32)
+
+
+def tpu_pool(kv: jax.Array) -> TpuPool:
+    """A pool [P, 2, K, S, D] in the layout of the TPU kernels."""
+    head_dim = kv.shape[4]
+    slabs, lanes = lanes_of(head_dim)
+    half = value_lane(head_dim) or lanes
+    padded = np.zeros((*kv.shape[:4], half), kv.dtype)
+    padded[..., :head_dim] = kv
+    return TpuPool(
+        jnp.asarray(padded if slabs == 2 else np.concatenate([padded[:, :1], padded[:, 1:]], 4)), head_dim
+    )
+
+
+def plain_pool(kv: TpuPool) -> np.ndarray:
+    """The pool [P, 2, K, S, D] in the layout of the reference."""
+    pages, start = np.asarray(kv.pages), value_lane(kv.head_dim)
+    values = pages[:, -1:, :, :, start : start + kv.head_dim]
+    return np.concatenate([pages[:, :1, :, :, : kv.head_dim], values], axis=1)
 
 
 def _write_and_attend(shape: Shape, implementation: str):

@@ -1,0 +1,179 @@
+"""Paged attention on TPU (v5e, v5p, v6e, 7x) with Pallas kernels: decode rows and prompt chunks each have their own.
+
+See `tpu_pages` for the pool's layout, `tpu_decode` and `tpu_chunks` for the kernels, `tpu_write` for new tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from pallas_kernels.paged_attention import tpu_blocks, tpu_chunks, tpu_decode, tpu_write
+from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
+from pallas_kernels.paged_attention.tpu_pages import (
+    LANES,
+    LOG2_E,
+    MASKED,
+    TpuPool,
+    joined,
+    lanes_of,
+    sublanes,
+    value_lane,
+)
+
+__all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
+
+MAX_HEAD_DIM = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TpuPlan:
+    """The batch, its page table in one row, and the tiles that are written."""
+
+    batch: RaggedBatch
+    table: jax.Array
+    writes: tpu_write.Writes
+
+
+def why_not(spec: KVSpec) -> str | None:
+    if spec.head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {spec.head_dim}: the TPU kernels take up to {MAX_HEAD_DIM}"
+    if spec.page_size % sublanes(spec.dtype):
+        return (
+            f"page_size is {spec.page_size}: with pages of {spec.dtype.name} the TPU kernels take multiples of "
+            f"{sublanes(spec.dtype)}"
+        )
+    return None
+
+
+def kv_shape(spec: KVSpec) -> TpuPool:
+    num_slabs, lanes = lanes_of(spec.head_dim)
+    shape = (spec.num_pages, num_slabs, spec.num_kv_heads, spec.page_size, lanes)
+    return TpuPool(jax.ShapeDtypeStruct(shape, spec.dtype), spec.head_dim)
+
+
+def kv_partition_spec(tensor_axis: str | None) -> PartitionSpec:
+    return PartitionSpec(None, None, tensor_axis, None, None)
+
+
+def kv_spec(kv: Any) -> KVSpec | None:
+    if not isinstance(kv, TpuPool):
+        return None
+    num_pages, _, num_kv_heads, page_size, _ = kv.pages.shape
+    return KVSpec(num_pages, page_size, num_kv_heads, kv.head_dim, jnp.dtype(kv.pages.dtype))
+
+
+def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> TpuPlan:
+    writes = tpu_write.plan_writes(batch, num_tokens, spec.page_size, sublanes(spec.dtype))
+    return TpuPlan(batch, batch.page_table.reshape(-1), writes)
+
+
+def write_kv(kv: TpuPool, k, v, plan: TpuPlan, *, page_offset) -> TpuPool:
+    new = joined(k, v)
+    tile = sublanes(kv.pages.dtype)
+    pages = tpu_write.write(kv.pages, new, plan.writes, page_offset.reshape(1), tile)
+    return TpuPool(pages, kv.head_dim)
+
+
+def attend(
+    q, kv: TpuPool, plan: TpuPlan, *, page_offset, scale, sliding_window, soft_cap, sinks, k_scale, v_scale
+):
+    num_tokens, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, page_size, lanes = kv.pages.shape
+    group = num_heads // num_kv_heads
+    shape = tpu_blocks.Shape(
+        num_heads, num_kv_heads, kv.head_dim, page_size, kv.pages.dtype.name, plan.batch.page_table.shape[1]
+    )
+    blocks = tpu_blocks.choose(shape, sliding_window)
+    factor = jnp.full((num_heads,), scale / soft_cap if soft_cap else scale * LOG2_E, jnp.float32)
+    if k_scale is not None:
+        factor *= jnp.repeat(k_scale, group)
+    queries = q.astype(jnp.float32) * factor[:, None]
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, lanes - head_dim)))
+    logits = jnp.full((num_heads,), MASKED, jnp.float32)
+    if sinks is not None:
+        logits = sinks.astype(jnp.float32) * LOG2_E
+    common = {
+        "window": sliding_window,
+        "cap": soft_cap * LOG2_E if soft_cap else None,
+        "row_pages": plan.batch.page_table.shape[1],
+        "vmem_bytes": blocks.vmem_bytes,
+    }
+    out = _decodes(queries, logits, kv, plan, page_offset, blocks, common)
+    if not plan.batch.decode_only:
+        chunks = _chunks(queries, logits, kv, plan, page_offset, blocks, common)
+        decodes = jnp.arange(num_tokens) < plan.batch.num_decode_rows
+        padding = max(num_tokens - out.shape[0], 0)
+        out = jnp.pad(out, ((0, padding), (0, 0), (0, 0)))[:num_tokens]
+        out = jnp.where(decodes[:, None, None], out, chunks)
+    live = jnp.arange(num_tokens) < plan.batch.num_tokens
+    start = value_lane(kv.head_dim)
+    out = jnp.where(live[:, None, None], out[:, :, start : start + head_dim], 0.0)
+    if v_scale is not None:
+        out *= jnp.repeat(v_scale, group)[:, None]
+    return out.astype(q.dtype)
+
+
+def _decodes(queries, sinks, kv: TpuPool, plan: TpuPlan, page_offset, blocks, common) -> jax.Array:
+    """float32[R, H, L]: the results of decode rows, anything in the others."""
+    num_heads, lanes = queries.shape[1:]
+    num_kv_heads, group = kv.pages.shape[2], queries.shape[1] // kv.pages.shape[2]
+    padding = -group % 8
+    rows = plan.batch.max_rows
+    # A row's token is the token of its number. There may be fewer tokens than rows; then the last rows are padding.
+    queries = queries[:rows]
+    queries = jnp.pad(queries, ((0, rows - queries.shape[0]), (0, 0), (0, 0)))
+    queries = queries.reshape(rows, num_kv_heads, group, lanes)
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    sinks = jnp.pad(sinks.reshape(num_kv_heads, group), ((0, 0), (0, padding)), constant_values=MASKED)
+    meta = jnp.stack([plan.batch.num_decode_rows, page_offset])
+    config = tpu_decode.DecodeConfig(
+        block_pages=blocks.decode_pages,
+        buffers=blocks.decode_buffers,
+        part_pages=blocks.decode_part_pages,
+        **common,
+    )
+    out = tpu_decode.decode(
+        queries,
+        kv.pages,
+        plan.batch.context_lens,
+        plan.table,
+        meta,
+        jnp.broadcast_to(sinks[..., None], (*sinks.shape, LANES)),
+        config,
+    )
+    return out[:, :, :group].reshape(rows, num_heads, lanes)
+
+
+def _chunks(queries, sinks, kv: TpuPool, plan: TpuPlan, page_offset, blocks, common) -> jax.Array:
+    """float32[T, H, L]: the results of rows that are not decode rows, anything in the others."""
+    num_tokens, num_heads, _ = queries.shape
+    batch = plan.batch
+    config = tpu_chunks.ChunkConfig(
+        tile=blocks.chunk_tile,
+        small_tile=blocks.chunk_small_tile,
+        block_pages=blocks.chunk_pages,
+        buffers=blocks.chunk_buffers,
+        **common,
+    )
+    tree = None
+    if batch.tree_mask is not None:
+        tree = jnp.pad(batch.tree_mask, ((0, config.tile), (0, 0)))
+        tree = jnp.broadcast_to(tree[..., None], (*tree.shape, LANES))
+    out = tpu_chunks.attend_chunks(
+        jnp.pad(queries, ((0, config.tile), (0, 0), (0, 0))),
+        kv.pages,
+        batch.query_starts,
+        batch.context_lens,
+        plan.table,
+        jnp.stack([batch.num_decode_rows, batch.num_rows, page_offset]),
+        jnp.broadcast_to(sinks[:, None, None], (num_heads, 1, LANES)),
+        tree,
+        config,
+    )
+    return out[:num_tokens]

@@ -1,0 +1,329 @@
+"""Prompt chunks and verification rows on a TPU: tiles of one row's queries against blocks of its pages.
+
+A tile is `tile` query tokens of one row and all its heads; a tile of few tokens takes a smaller static size, since its
+cost is that of passing keys and values through the matrix units. Within a tile the rows of a KV head are ordered by
+query head, then token, so a mask is made once and serves the whole group. The blocks of all tiles form one sequence and
+are copied ahead as in `tpu_decode`. Blocks that every query of the tile sees whole are attended without a mask.
+
+Queries come and results go in whole tiles: what a tile writes behind its row's last token belongs to the tiles after it,
+which write later. Each tile's results are on their way to HBM before those of the next are sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention.batch import tree_allows
+from pallas_kernels.paged_attention.tpu_pages import LANES, MASKED, BlockCopies, product, spread
+
+FIRST_ROW, ROWS, OFFSET = 0, 1, 2  # places in `meta`
+
+
+class Place(NamedTuple):
+    """Where the sequence of all blocks stands: a block of a tile of a row, and how many tiles came before it."""
+
+    row: Any
+    offset: Any  # of the tile's first token among the row's
+    block: Any
+    count: Any
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """What is static in the kernel; see `DecodeConfig` for window, cap and row_pages.
+
+    Attributes:
+      tile, small_tile: query tokens per tile, and of a tile with so few; powers of two.
+      block_pages, buffers: pages per block, and how many blocks are in VMEM at once.
+    """
+
+    tile: int
+    small_tile: int
+    block_pages: int
+    buffers: int
+    window: int | None
+    cap: float | None
+    row_pages: int
+    vmem_bytes: int
+
+
+def attend_chunks(
+    q: jax.Array,
+    pages: jax.Array,
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    table: jax.Array,
+    meta: jax.Array,
+    sinks: jax.Array,
+    tree: jax.Array | None,
+    config: ChunkConfig,
+) -> jax.Array:
+    """Softmax attention of rows with any number of query tokens.
+
+    Args:
+      q: float32[N, H, L], scaled (by log2 e too); N at least `tile` more than the tokens there are.
+      pages: [P, C, K, S, L].
+      query_starts: int32[R + 1]. context_lens: int32[R]. table: int32[R * MP].
+      meta: int32[3]: rows [meta[FIRST_ROW], meta[ROWS]) are attended, meta[OFFSET] is added to page ids.
+      sinks: float32[H, 1, 128], base-2 logits, equal lanes; MASKED where there is none.
+      tree: int32[N, W, 128], equal lanes, tree masks as in `RaggedBatch`; or None.
+
+    Returns:
+      float32[N, H, L]; tokens of other rows are anything.
+    """
+    _, num_slabs, num_kv_heads, page_size, lanes = pages.shape
+    num_heads = q.shape[1]
+    stack = config.tile * (num_heads // num_kv_heads)
+    state = pltpu.VMEM((num_kv_heads, stack, LANES), jnp.float32)
+    work_dtype = jnp.float32 if pages.dtype == jnp.float32 else jnp.bfloat16
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    words = () if tree is None else (tree,)
+    return pl.pallas_call(
+        partial(_kernel, config=config, has_tree=tree is not None),
+        name="paged_attention_chunks",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(1,),
+            in_specs=[pl.BlockSpec(sinks.shape, lambda *_: (0, 0, 0)), hbm, hbm, *(hbm for _ in words)],
+            out_specs=hbm,
+            scratch_shapes=[
+                pltpu.VMEM(
+                    (config.buffers, config.block_pages, num_slabs, num_kv_heads, page_size, lanes),
+                    pages.dtype,
+                ),
+                pltpu.VMEM((config.buffers, config.tile, num_heads, lanes), jnp.float32),
+                pltpu.VMEM((2, config.tile, num_heads, lanes), jnp.float32),
+                pltpu.VMEM((num_kv_heads, stack, lanes), work_dtype),
+                state,
+                state,
+                pltpu.VMEM((num_kv_heads, stack, lanes), jnp.float32),
+                pltpu.VMEM((config.tile, config.block_pages * page_size), jnp.float32),
+                pltpu.SemaphoreType.DMA((3, config.buffers)),
+                *(pltpu.VMEM((config.buffers, config.tile, *x.shape[1:]), jnp.int32) for x in words),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=config.vmem_bytes, disable_bounds_checks=True),
+    )(meta, query_starts, context_lens, table, sinks, q, pages, *words)
+
+
+def _kernel(meta, starts, contexts, table, sinks, q_hbm, pool, *rest, config: ChunkConfig, has_tree: bool):
+    tree_hbm, rest = (rest[0], rest[1:]) if has_tree else (None, rest)
+    out_hbm, pages, queries, outputs, stacked, top, total, acc, seen, semaphores, *tree_words = rest
+    softmax = (stacked, top, total, acc, seen, sinks)
+    num_rows, tile = meta[ROWS], config.tile
+    copies = BlockCopies(table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0])
+    block_tokens = config.block_pages * pool.shape[3]
+
+    def length(row):
+        return starts[row + 1] - starts[row]
+
+    def span(row, offset):
+        """The positions [low, end) that a tile's queries see, and the first query's own."""
+        position = contexts[row] - length(row) + offset
+        low = jnp.maximum(position + 1 - config.window, 0) if config.window else 0
+        return low, contexts[row] - length(row) + jnp.minimum(offset + tile, length(row)), position
+
+    def first_block(row, offset):
+        return jnp.int32(span(row, offset)[0] // block_tokens)
+
+    def from_row(row, count):
+        """The first place of the first row from this one on that has tokens; row num_rows is the end."""
+
+        def empty(row):
+            return (row < num_rows) & (length(jnp.minimum(row, num_rows - 1)) == 0)
+
+        row = lax.while_loop(empty, lambda row: row + 1, row)
+        return Place(row, jnp.int32(0), first_block(jnp.minimum(row, num_rows - 1), 0), count)
+
+    def following(at):
+        read = jnp.minimum(at.row, num_rows - 1)
+        same_tile = (at.block + 1) * block_tokens < span(read, at.offset)[1]
+        same_row = same_tile | (at.offset + tile < length(read))
+        offset = jnp.where(same_tile, at.offset, at.offset + tile)
+        block = jnp.where(same_tile, at.block + 1, first_block(read, offset))
+        count = jnp.where(same_tile, at.count, at.count + 1)
+        return lax.cond(
+            same_row,
+            lambda: Place(at.row, offset, block, count),
+            lambda: from_row(jnp.minimum(at.row + 1, num_rows), count),
+        )
+
+    def is_small(row, offset):
+        return length(row) - offset <= config.small_tile
+
+    def token_copies(at, size):
+        """Of the queries, and of their tree masks."""
+        slot, tokens = lax.rem(at.count, config.buffers), pl.ds(starts[at.row] + at.offset, size)
+        target, semaphore = pl.ds(0, size), semaphores.at[1, slot]
+        found = [pltpu.make_async_copy(q_hbm.at[tokens], queries.at[slot, target], semaphore)]
+        if tree_hbm is not None:
+            words = tree_words[0].at[slot, target]
+            found.append(pltpu.make_async_copy(tree_hbm.at[tokens], words, semaphore))
+        return found
+
+    def output_copy(token, slot, size):
+        source = outputs.at[slot, pl.ds(0, size)]
+        return pltpu.make_async_copy(source, out_hbm.at[pl.ds(token, size)], semaphores.at[2, 0])
+
+    def for_size(small, body):
+        for size, wanted in ((config.small_tile, small), (tile, jnp.logical_not(small))):
+            pl.when(wanted)(partial(body, size))
+
+    def start(at, slot):
+        @pl.when(at.row < num_rows)
+        def _():
+            low, end, _ = span(at.row, at.offset)
+            copies.start(at.row, at.block, slot, low, end)
+
+            @pl.when(at.block == first_block(at.row, at.offset))
+            def _():
+                def start_tokens(size):
+                    for copy in token_copies(at, size):
+                        copy.start()
+
+                for_size(is_small(at.row, at.offset), start_tokens)
+
+    def step(state):
+        at, ahead, slot, sent_small = state
+        start(ahead, lax.rem(slot + config.buffers - 1, config.buffers))
+        row, offset, block, count = at
+        low, end, position = span(row, offset)
+        small = is_small(row, offset)
+        after = following(at)
+        ends = after.count != count
+        query_slot = lax.rem(count, config.buffers)
+
+        def process(size):
+            @pl.when(block == first_block(row, offset))
+            def _():
+                for copy in token_copies(at, size):
+                    copy.wait()
+                _load_tile(queries.at[query_slot], softmax, size)
+
+            copies.wait(block, slot, low, end)
+            base = block * block_tokens
+            # Whole for every query: not past the first one's position, not behind the last one's window.
+            whole = base + block_tokens <= (position + 1 if not has_tree else contexts[row] - length(row))
+            if config.window:
+                whole &= base >= end - config.window
+
+            @pl.when(whole)
+            def _():
+                _attend(pages.at[slot], softmax, size, config.cap, None)
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                query = jnp.minimum(
+                    lax.broadcasted_iota(jnp.int32, (size, block_tokens), 0), end - 1 - position
+                )
+                query += position
+                key = lax.broadcasted_iota(jnp.int32, (size, block_tokens), 1) + base
+                visible = key <= query
+                if config.window:
+                    visible &= query - key < config.window
+                if has_tree:
+                    first_new = contexts[row] - length(row)
+                    words = tree_words[0].at[query_slot]
+                    words = [spread(words[:size, w, :], block_tokens) for w in range(words.shape[1])]
+                    visible &= tree_allows(words, key - first_new, query - first_new)
+                seen[:size, :] = jnp.where(visible, 1.0, 0.0)
+                _attend(pages.at[slot], softmax, size, config.cap, (low - base, end - base))
+
+            @pl.when(ends)
+            def _():
+                out_slot = lax.rem(count, 2)
+                _store_tile(outputs.at[out_slot], softmax, size)
+
+                @pl.when(count > 0)
+                def _():
+                    for_size(sent_small, lambda sent: output_copy(0, 0, sent).wait())
+
+                output_copy(starts[row] + offset, out_slot, size).start()
+
+        for_size(small, process)
+        return (
+            after,
+            following(ahead),
+            lax.rem(slot + 1, config.buffers),
+            jnp.where(ends, small, sent_small),
+        )
+
+    first = from_row(meta[FIRST_ROW], jnp.int32(0))
+
+    @pl.when(first.row < num_rows)
+    def _():
+        ahead = first
+        for slot in range(config.buffers - 1):
+            start(ahead, slot)
+            ahead = following(ahead)
+        state = (first, ahead, jnp.int32(0), jnp.bool_(False))
+        *_, sent_small = lax.while_loop(lambda state: state[0].row < num_rows, step, state)
+        for_size(sent_small, lambda sent: output_copy(0, 0, sent).wait())
+
+
+def _load_tile(queries, softmax, size: int) -> None:
+    """Orders a tile's queries by KV head, query head and token, and starts their softmax."""
+    stacked, top, total, acc, _, sinks = softmax
+    num_kv_heads, lanes = stacked.shape[0], stacked.shape[2]
+    group = queries.shape[1] // num_kv_heads
+    for head in range(queries.shape[1]):
+        rows = pl.ds(head % group * size, size)
+        stacked[head // group, rows, :] = queries[:size, head, :].astype(stacked.dtype)
+        sink = jnp.broadcast_to(sinks[head], (size, LANES))
+        top[head // group, rows, :] = sink
+        total[head // group, rows, :] = jnp.where(sink > MASKED, 1.0, 0.0)
+        acc[head // group, rows, :] = jnp.zeros((size, lanes), jnp.float32)
+
+
+def _store_tile(outputs, softmax, size: int) -> None:
+    _, _, total, acc, _, _ = softmax
+    num_kv_heads, _, lanes = acc.shape
+    group = outputs.shape[1] // num_kv_heads
+    for head in range(outputs.shape[1]):
+        rows = pl.ds(head % group * size, size)
+        scale = 1.0 / total[head // group, rows, :]
+        outputs[:size, head, :] = acc[head // group, rows, :] * spread(scale, lanes)
+
+
+def _attend(pages, softmax, size: int, cap: float | None, fetched) -> None:
+    """Adds a block to a tile's softmax, one KV head after another.
+
+    pages: [BP, C, K, S, L]. fetched: None where every query sees the whole block; else the half-open range of
+    positions within it that any query may see, and `seen` says which query sees what.
+    """
+    stacked, top, total, acc, seen, _ = softmax
+    num_pages, num_slabs, num_heads, page_size, lanes = pages.shape
+    tokens, group = num_pages * page_size, stacked.shape[1] // seen.shape[0]
+    rows = pl.ds(0, group * size)
+
+    @pl.loop(0, num_heads)
+    def _(head):
+        keys = pages[:, 0, head].astype(stacked.dtype).reshape(tokens, lanes)
+        values = keys if num_slabs == 1 else pages[:, 1, head].astype(stacked.dtype).reshape(tokens, lanes)
+        logits = product(stacked[head, rows, :], keys, transposed=True)
+        if cap is not None:
+            logits = cap * jnp.tanh(logits)
+        if fetched is not None:
+            visible = (seen[:size, :] > 0.0)[None]
+            logits = logits.reshape(group, size, tokens)
+            logits = jnp.where(visible, logits, MASKED).reshape(group * size, tokens)
+            # What was never written may be NaN, and 0 times NaN is NaN.
+            at = lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
+            values = jnp.where((at >= fetched[0]) & (at < fetched[1]), values, jnp.zeros_like(values))
+        old = top[head, rows, :]
+        new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
+        weights = jnp.exp2(logits - spread(new, tokens))
+        shrink = jnp.exp2(old - new)
+        top[head, rows, :] = new
+        total[head, rows, :] = total[head, rows, :] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        added = product(weights.astype(stacked.dtype), values, transposed=False)
+        acc[head, rows, :] = acc[head, rows, :] * spread(shrink, lanes) + added

@@ -1,0 +1,234 @@
+"""Decode rows on a TPU: one query token per row, pages streamed through a ring of buffers.
+
+The blocks of all rows form one sequence. The copies of a block start `buffers - 1` blocks ahead, across the end of a row
+too, so the memory stays busy while the core computes. A block that is seen whole takes one unrolled pass over its heads;
+the others (a row's last, and the first behind a sliding window) go in smaller parts with a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention.tpu_pages import LANES, MASKED, BlockCopies, product, spread
+
+ROWS, OFFSET = 0, 1  # places in `meta`
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What is static in the kernel.
+
+    Attributes:
+      block_pages, buffers: pages per block, and how many blocks are in VMEM at once.
+      part_pages: pages per part of a block that is not seen whole.
+      window: positions that a query sees, or None.
+      cap: soft cap in units of the base-2 logits, or None: queries are divided by it.
+      row_pages: MP.
+    """
+
+    block_pages: int
+    buffers: int
+    part_pages: int
+    window: int | None
+    cap: float | None
+    row_pages: int
+    vmem_bytes: int
+
+
+def decode(
+    q: jax.Array,
+    pages: jax.Array,
+    context_lens: jax.Array,
+    table: jax.Array,
+    meta: jax.Array,
+    sinks: jax.Array,
+    config: DecodeConfig,
+) -> jax.Array:
+    """Softmax attention of one query token per row.
+
+    Args:
+      q: float32[R, K, G, L], scaled (by log2 e too), G a multiple of 8.
+      pages: [P, C, K, S, L].
+      context_lens: int32[R]. table: int32[R * MP]. meta: int32[2], see ROWS and OFFSET.
+      sinks: float32[K, G, 128], base-2 logits, equal lanes; MASKED where there is none.
+
+    Returns:
+      float32[R, K, G, L]; rows from meta[ROWS] on are not written.
+    """
+    _, num_slabs, num_kv_heads, page_size, lanes = pages.shape
+    group = q.shape[2]
+    buffer = (config.buffers, config.block_pages, num_slabs, num_kv_heads, page_size, lanes)
+    per_row = (config.buffers, num_kv_heads, group, lanes)
+    state = pltpu.VMEM((num_kv_heads, group, LANES), jnp.float32)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        partial(_kernel, config=config),
+        name="paged_attention_decode",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(1,),
+            in_specs=[pl.BlockSpec(sinks.shape, lambda *_: (0, 0, 0)), hbm, hbm],
+            out_specs=hbm,
+            scratch_shapes=[
+                pltpu.VMEM(buffer, pages.dtype),
+                pltpu.VMEM(per_row, jnp.float32),
+                pltpu.VMEM(per_row, jnp.float32),
+                state,
+                state,
+                pltpu.VMEM((num_kv_heads, group, lanes), jnp.float32),
+                pltpu.SemaphoreType.DMA((3, config.buffers)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=config.vmem_bytes, disable_bounds_checks=True),
+    )(meta, context_lens, table, sinks, q, pages)
+
+
+def _kernel(
+    meta,
+    contexts,
+    table,
+    sinks,
+    q_hbm,
+    pool,
+    out_hbm,
+    pages,
+    queries,
+    outputs,
+    top,
+    total,
+    acc,
+    semaphores,
+    *,
+    config: DecodeConfig,
+):
+    num_rows = meta[ROWS]
+    copies = BlockCopies(table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0])
+    block_tokens = config.block_pages * pool.shape[3]
+
+    def low(row):
+        return jnp.maximum(contexts[row] - config.window, 0) if config.window else 0
+
+    def first_block(row):
+        return low(row) // block_tokens if config.window else 0
+
+    def following(row, block):
+        """The block after this one: of the same row, or the next row's first; row num_rows is the end."""
+        read = jnp.minimum(row, num_rows - 1)
+        same = (block + 1) * block_tokens < contexts[read]
+        next_row = jnp.where(same, row, jnp.minimum(row + 1, num_rows))
+        return next_row, jnp.where(same, block + 1, first_block(jnp.minimum(next_row, num_rows - 1)))
+
+    def query_copy(row):
+        slot = lax.rem(row, config.buffers)
+        return pltpu.make_async_copy(q_hbm.at[row], queries.at[slot], semaphores.at[1, slot])
+
+    def output_copy(row):
+        slot = lax.rem(row, config.buffers)
+        return pltpu.make_async_copy(outputs.at[slot], out_hbm.at[row], semaphores.at[2, slot])
+
+    def start(row, block, slot):
+        @pl.when(row < num_rows)
+        def _():
+            copies.start(row, block, slot, low(row), contexts[row])
+
+            @pl.when(block == first_block(row))
+            def _():
+                query_copy(row).start()
+
+    def step(state):
+        row, block, slot, ahead_row, ahead_block = state
+        start(ahead_row, ahead_block, lax.rem(slot + config.buffers - 1, config.buffers))
+
+        @pl.when(block == first_block(row))
+        def _():
+            query_copy(row).wait()
+            top[...] = sinks[...]
+            total[...] = jnp.where(sinks[...] > MASKED, 1.0, 0.0)
+            acc[...] = jnp.zeros_like(acc)
+
+        copies.wait(block, slot, low(row), contexts[row])
+        query = queries.at[lax.rem(row, config.buffers)]
+        attend = partial(_attend, query, top, total, acc, cap=config.cap)
+        begins, ends = low(row) - block * block_tokens, contexts[row] - block * block_tokens
+        whole = (begins <= 0) & (ends >= block_tokens)
+
+        @pl.when(whole)
+        def _():
+            attend(pages.at[slot], None)
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            part = config.part_pages * pool.shape[3]
+
+            @pl.loop(jnp.maximum(begins, 0) // part, (jnp.minimum(ends, block_tokens) + part - 1) // part)
+            def _(index):
+                within = pages.at[slot, pl.ds(index * config.part_pages, config.part_pages)]
+                attend(within, (begins - index * part, ends - index * part))
+
+        next_row, next_block = following(row, block)
+
+        @pl.when(next_row != row)
+        def _():
+            @pl.when(row >= config.buffers)
+            def _():
+                output_copy(row - config.buffers).wait()
+
+            lanes = acc.shape[2]
+            for head in range(acc.shape[0]):
+                scale = 1.0 / total[head]
+                outputs[lax.rem(row, config.buffers), head] = acc[head] * spread(scale, lanes)
+            output_copy(row).start()
+
+        return next_row, next_block, lax.rem(slot + 1, config.buffers), *following(ahead_row, ahead_block)
+
+    @pl.when(num_rows > 0)
+    def _():
+        ahead = (jnp.int32(0), jnp.int32(first_block(0)))
+        for slot in range(config.buffers - 1):
+            start(*ahead, slot)
+            ahead = following(*ahead)
+        first = (jnp.int32(0), jnp.int32(first_block(0)), jnp.int32(0), *ahead)
+        lax.while_loop(lambda state: state[0] < num_rows, step, first)
+
+        @pl.loop(jnp.maximum(num_rows - config.buffers, 0), num_rows)
+        def _(row):
+            output_copy(row).wait()
+
+
+def _attend(query, top, total, acc, pages, seen, *, cap):
+    """Adds some pages to a row's softmax, head by head.
+
+    query: float32[K, G, L]. top, total: float32[K, G, 128]; acc: float32[K, G, L]. pages: [p, C, K, S, L].
+    seen: None (all of them), or the half-open range of positions within the pages that the query sees.
+    """
+    num_pages, num_slabs, num_heads, page_size, lanes = pages.shape
+    tokens = num_pages * page_size
+    work_dtype = jnp.float32 if pages.dtype == jnp.float32 else jnp.bfloat16
+    for head in range(num_heads):
+        keys = pages[:, 0, head].astype(work_dtype).reshape(tokens, lanes)
+        values = keys if num_slabs == 1 else pages[:, 1, head].astype(work_dtype).reshape(tokens, lanes)
+        logits = product(query[head].astype(work_dtype), keys, transposed=True)
+        if cap is not None:
+            logits = cap * jnp.tanh(logits)
+        if seen is not None:
+            position = lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
+            logits = jnp.where((position >= seen[0]) & (position < seen[1]), logits, MASKED)
+            # What was never written may be NaN, and 0 times NaN is NaN.
+            position = lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
+            values = jnp.where((position >= seen[0]) & (position < seen[1]), values, jnp.zeros_like(values))
+        old = top[head]
+        new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
+        weights = jnp.exp2(logits - spread(new, tokens))
+        shrink = jnp.exp2(old - new)
+        top[head] = new
+        total[head] = total[head] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        added = product(weights.astype(work_dtype), values, transposed=False)
+        acc[head] = acc[head] * spread(shrink, lanes) + added

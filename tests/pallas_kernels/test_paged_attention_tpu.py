@@ -1,0 +1,120 @@
+"""The TPU kernels in interpret mode, with race detection, against the reference; and what surrounds them."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention import tpu_blocks
+from tests.support.ragged import Row, Runner, Shape, Step, make_step
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+# Loops of several steps in small shapes: blocks of 2 pages in a ring of 3, tiles of 8 queries and of 4.
+SMALL = tpu_blocks.Blocks(2, 3, 1, 8, 4, 2, 3, 64 * 2**20)
+run = Runner()
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(tpu_blocks, "choose", lambda shape, window: SMALL)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def compare(step: Step, layer: int = 1) -> None:
+    output, kv = run(step, "tpu", layer)
+    assert not interpreter.races.races_found
+    wanted, wanted_kv = run(step, "reference", layer)
+    live = int(step.batch.num_tokens)
+    tolerance = TOLERANCE[step.shape.dtype]
+    np.testing.assert_allclose(output[:live], wanted[:live], atol=tolerance, rtol=tolerance)
+    assert np.isfinite(output).all()
+    # Every slot that a row can read is as it should be, and every page without a written slot is untouched.
+    before, per_layer = np.asarray(step.kv, np.float32), step.shape.pages_per_layer
+    for index in range(step.shape.layers):
+        pages = slice(index * per_layer, (index + 1) * per_layer)
+        touched = step.written() if index == layer else np.zeros_like(step.written())
+        idle = ~touched.any(axis=1)
+        np.testing.assert_array_equal(kv[pages][idle], before[pages][idle])
+        owned = np.broadcast_to(step.owned()[:, None, None, :], kv[pages].shape[:-1])
+        source = wanted_kv if index == layer else before
+        np.testing.assert_array_equal(kv[pages][owned], source[pages][owned])
+
+
+def tpu_shape(**changes) -> Shape:
+    return Shape(**{"num_rows": 4, "head_dim": 64, "pages_per_row": 6, "num_tokens": 28, **changes})
+
+
+@st.composite
+def ragged_rows(draw, shape: Shape) -> tuple[list[Row], list[Row]]:
+    """Decode rows and chunks: on and beside page edges, empty, one token, with long contexts, sharing pages, trees."""
+    longest, size = shape.pages_per_row * shape.page_size, shape.page_size
+    edges = [n + d for n in range(size, longest, size) for d in (-1, 0, 1)]
+    context = st.one_of(st.integers(1, longest), st.sampled_from(edges), st.sampled_from([1, longest]))
+    before = None
+
+    def row(tokens: int, length: int) -> Row:
+        limit = min(length - tokens, before.context - before.tokens) // size if before else 0
+        shared = draw(st.integers(0, limit)) if limit > 0 else 0
+        parents = None
+        if shape.tree_words and 1 < tokens <= 32 * shape.tree_words and draw(st.booleans()):
+            parents = tuple(draw(st.integers(0, index)) for index in range(tokens - 1))
+        return Row(tokens, length, shared, parents)
+
+    decodes, chunks = [], []
+    for _ in range(draw(st.integers(0, min(shape.num_rows, shape.num_tokens)))):
+        before = row(1, draw(context))
+        decodes.append(before)
+    left = shape.num_tokens - len(decodes)
+    if shape.num_tokens == shape.num_rows:
+        return decodes, []
+    for _ in range(draw(st.integers(0, shape.num_rows - len(decodes)))):
+        length = draw(context)
+        tokens = draw(st.one_of(st.integers(0, min(left, length)), st.just(min(left, length))))
+        before = row(tokens, length)
+        chunks.append(before)
+        left -= tokens
+    return decodes, chunks
+
+
+# Interpreting is slow, so each shape takes few examples and none is shrunk; together they are many.
+quick = settings(
+    max_examples=5,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+SHAPES = {
+    "plain": tpu_shape(),
+    "window below a page, sinks": tpu_shape(options={"sliding_window": 3, "sinks": True}),
+    "window, cap, two slabs": tpu_shape(
+        head_dim=128, options={"sliding_window": 21, "soft_cap": 2.0}, num_tokens=30
+    ),
+    "trees": tpu_shape(tree_words=1, options={"sinks": True}, num_tokens=40),
+    "heads of 256": tpu_shape(heads=2, kv_heads=1, head_dim=256),
+    "bfloat16": tpu_shape(dtype="bfloat16", page_size=16, heads=7, kv_heads=1, head_dim=96),
+    "int8": tpu_shape(kv_dtype="int8", page_size=32, pages_per_row=3, dtype="bfloat16", head_dim=80),
+    "fp8": tpu_shape(kv_dtype="float8_e4m3fn", page_size=32, pages_per_row=3, dtype="bfloat16"),
+    "decode": tpu_shape(num_tokens=4, heads=9, kv_heads=1),
+    "decode, window, sinks": tpu_shape(num_tokens=4, options={"sliding_window": 11, "sinks": True}),
+    "decode, int8, cap": tpu_shape(
+        num_tokens=4, kv_dtype="int8", page_size=32, dtype="bfloat16", options={"soft_cap": 3.0}
+    ),
+    "fewer tokens than rows": tpu_shape(num_tokens=3),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_agrees_with_the_reference(name):
+    shape = SHAPES[name]
+
+    @quick
+    @given(rows=ragged_rows(shape), seed=st.integers(0, 2**16), layer=st.integers(0, 1))
+    @example(rows=([], []), seed=0, layer=1)
+    def check(rows, seed, layer):
+        compare(make_step(shape, *rows, seed=seed), layer)
+
+    check()
