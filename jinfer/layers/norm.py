@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jinfer.layers.parameter import Build, parameter
+from pallas_kernels.native import rms_norm
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class RMSNorm(nnx.Module):
         self, build: Build, shape: tuple[int, ...], axes: tuple[str | None, ...], spec: NormSpec
     ) -> None:
         self.weight = parameter(build, shape, axes)
-        self.spec = spec
+        self.spec, self.native_rows = spec, build.native_rows
 
     def __call__(self, x: Float[Array, "*t *shape"]) -> Float[Array, "*t *shape"]:
         weight: Any = self.weight[...]
+        if weight.ndim == 1 and x.ndim == 2 and x.shape[0] <= self.native_rows:
+            return rms_norm(x, weight, eps=self.spec.eps, offset=self.spec.offset)
         over = tuple(range(-weight.ndim, 0))
         wide = x.astype(jnp.float32)
         unit = wide * lax.rsqrt(jnp.mean(wide * wide, axis=over, keepdims=True) + self.spec.eps)

@@ -7,6 +7,6 @@ there is no compiler it says so and callers stay with XLA.
 """
 
 from pallas_kernels.native.library import load
-from pallas_kernels.native.matmul import MAX_ROWS, matmul
+from pallas_kernels.native.rows import MAX_ROWS, matmul, rms_norm
 
-__all__ = ["MAX_ROWS", "load", "matmul"]
+__all__ = ["MAX_ROWS", "load", "matmul", "rms_norm"]

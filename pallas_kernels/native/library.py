@@ -16,7 +16,12 @@ import jax.ffi
 import jaxlib
 
 SOURCES = Path(__file__).parent
-TARGETS = ("pallas_kernels_matmul", "pallas_kernels_attend", "pallas_kernels_write_kv")
+TARGETS = (
+    "pallas_kernels_matmul",
+    "pallas_kernels_attend",
+    "pallas_kernels_write_kv",
+    "pallas_kernels_rms_norm",
+)
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS = 120
 

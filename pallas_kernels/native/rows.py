@@ -1,9 +1,10 @@
-"""A few rows times a whole weight matrix."""
+"""What a decode step does to a few rows: products with whole weight matrices, and norms."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Above this XLA's own product, which repacks both sides, is as fast or faster.
 MAX_ROWS = 96
@@ -25,3 +26,21 @@ def matmul(weight: jax.Array, x: jax.Array) -> jax.Array:
             raise ValueError(f"{name} has dtype {value.dtype}: it must be float32")
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
     return jax.ffi.ffi_call("pallas_kernels_matmul", out)(weight, x)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), float32: x [M, E], weight [E]. One operation where XLA makes three.
+
+    CPU only, after `load()` returned None. Not differentiable.
+
+    Raises:
+      ValueError: a shape or dtype is outside of this.
+    """
+    if weight.ndim != 1 or x.ndim != 2 or weight.shape[0] != x.shape[1]:
+        raise ValueError(f"x has shape {x.shape} and weight {weight.shape}: they must be [M, E] and [E]")
+    for name, value in (("x", x), ("weight", weight)):
+        if value.dtype != jnp.float32:
+            raise ValueError(f"{name} has dtype {value.dtype}: it must be float32")
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    call = jax.ffi.ffi_call("pallas_kernels_rms_norm", out)
+    return call(x, weight, eps=np.float32(eps), offset=np.float32(offset))
