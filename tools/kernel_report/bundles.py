@@ -41,6 +41,7 @@ class Region:
       stores, waits: copies to HBM started, waits for copies.
       matmul_rows: rows that matrix instructions stream through a matrix unit.
       units: slots used per unit of the core, as the compiler names them; spills and refills among them.
+      first_fetch, first_wait: the bundles of the first of each, None where there is none.
     """
 
     start: int
@@ -53,6 +54,8 @@ class Region:
     waits: int = 0
     matmul_rows: int = 0
     units: dict[str, int] = field(default_factory=dict)
+    first_fetch: int | None = None
+    first_wait: int | None = None
     inner: list[Region] = field(default_factory=list)
 
     def walk(self) -> Iterator[Region]:
@@ -152,8 +155,12 @@ def _count(
     for fetch in _FETCH.finditer(line):
         region.fetches += 1
         region.fetched_granules += int(fetch[1]) if fetch[1] != "%" else 0
+        region.first_fetch = index if region.first_fetch is None else region.first_fetch
     region.stores += len(_STORE.findall(line))
-    region.waits += len(_WAIT.findall(line))
+    waits = len(_WAIT.findall(line))
+    region.waits += waits
+    if waits and region.first_wait is None:
+        region.first_wait = index
     for dtype in _MATMUL.findall(line):
         region.matmul_rows += ROWS_PER_MATMUL.get(dtype, 32)
     if utilization is not None:
@@ -235,13 +242,37 @@ def steady_pass(loop: Region) -> list[Region]:
     """What a pass in the middle of the work issues: the loop's own bundles and the branches that then are taken.
 
     Of branches with matrix work the busiest one is taken, the shortest of equally busy ones (blocks that need no
-    mask). Branches without matrix work are taken when they fetch; the others open or close a tile of queries.
+    mask). Branches without matrix work are taken when they fetch; the others open or close a tile of queries. Where
+    one branch fetches a full block in a row, one that loops over single fetches is for the last block, which is not
+    full.
     """
     parts = [loop]
     working = [region for region in loop.inner if region.total("matmul_rows")]
     if working:
         parts += steady_pass(max(working, key=lambda r: (r.total("matmul_rows"), -r.total("bundles"))))
-    for region in loop.inner:
-        if not region.total("matmul_rows") and (region.is_loop or region.total("fetches")):
-            parts += list(region.walk())
+    fetching = [region for region in loop.inner if region not in working and region.total("fetches")]
+    in_a_row = [region for region in fetching if _fetches_in_a_row(region)]
+    for region in in_a_row or fetching:
+        parts += steady_pass(region)
     return parts
+
+
+def _fetches_in_a_row(region: Region) -> int:
+    """Those outside of loops."""
+    if region.is_loop:
+        return 0
+    return region.fetches + sum(_fetches_in_a_row(inner) for inner in region.inner)
+
+
+def fetches_ahead(root: Region, hot: Region) -> bool | None:
+    """Whether the loop, or the nearest one around it that fetches, asks for a block before it waits for one.
+
+    Then copies are in flight while the kernel computes. None where no loop fetches.
+    """
+    around = [region for region in root.walk() if region.is_loop and any(r is hot for r in region.walk())]
+    for loop in reversed(around):
+        fetches = [r.first_fetch for r in loop.walk() if r.first_fetch is not None]
+        waits = [r.first_wait for r in loop.walk() if r.first_wait is not None]
+        if fetches and waits:
+            return min(fetches) < min(waits)
+    return None

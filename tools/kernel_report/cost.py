@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tools.kernel_cases import Case
-from tools.kernel_report.bundles import GRANULE_BYTES, Region, Utilization, hot_loop, steady_pass
+from tools.kernel_report.bundles import (
+    GRANULE_BYTES,
+    Region,
+    Utilization,
+    fetches_ahead,
+    hot_loop,
+    steady_pass,
+)
 from tools.targets import TPUTarget
 
 SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
@@ -24,6 +31,7 @@ class Cost:
       pairs: products of a query head with a key that the matrix units are passed for, padding included.
       mxu_share: of the matrix units' time that streaming those operands takes at peak rate, 0 to 1.
       units: share of the slots of every other unit.
+      in_flight: the next block is asked for before this one is waited for; None where no loop fetches.
       spills: refills and spills per bundle.
     """
 
@@ -36,6 +44,7 @@ class Cost:
     mxu_share: float
     units: dict[str, float]
     spills: float
+    in_flight: bool | None
 
     @property
     def over_fetch(self) -> float | None:
@@ -79,6 +88,7 @@ def cost_of(root: Region, utilization: Utilization, case: Case, target: TPUTarge
             if unit not in SPILLS
         },
         spills=sum(used.get(unit, 0) for unit in SPILLS) / bundles,
+        in_flight=fetches_ahead(root, hot),
     )
 
 

@@ -14,11 +14,23 @@ from tools.targets import TPUTarget, run_child
 DECODE_TOKENS = 1024
 PREFILL_QUERIES, PREFILL_TOKENS = 128, 512
 
-HEADER = (
-    "| kernel | by | bundles per pass | with every branch | KV tokens fetched | fetch cycles | compute / fetch "
-    f"| bundles per {DECODE_TOKENS:,} KV tokens | bundles per {PREFILL_QUERIES} x {PREFILL_TOKENS} | MXU busy "
-    "| VALU | EUP | spills per bundle |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+COLUMNS = (
+    "kernel",
+    "by",
+    "bundles per pass",
+    "with every branch",
+    "KV tokens fetched",
+    "fetch cycles",
+    "compute / fetch",
+    "fetches ahead",
+    f"bundles per {DECODE_TOKENS:,} KV tokens",
+    f"bundles per {PREFILL_QUERIES} x {PREFILL_TOKENS}",
+    "MXU busy",
+    "VALU",
+    "EUP",
+    "spills per bundle",
 )
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 @dataclass(frozen=True)
@@ -29,18 +41,20 @@ class Row:
 
 
 def measure(case: Case, target: TPUTarget, folder: Path, *, loops: bool = False) -> list[Row]:
-    """Compiles the case and reads every kernel with matrix work in it."""
+    """Compiles the case and reads the kernel that does its work: the one with the most matrix work."""
     answer = run_child("tools.kernel_report.child", target, {"case": case.as_request()}, dump=folder)
     if not answer["kernels"]:
         raise ValueError("the program holds no kernel: XLA compiled it alone")
-    rows = []
+    rows: list[Row] = []
+    busiest = 0
     for kernel in answer["kernels"]:
         root, utilization = read_kernel(folder, kernel)
         if loops:
             print(f"{target.name} {case.name} ({case.implementation}), {kernel}", file=sys.stderr)
             print(loop_tree(root), file=sys.stderr)
-        if root.total("matmul_rows"):
-            rows.append(Row(case, kernel, cost_of(root, utilization, case, target)))
+        if root.total("matmul_rows") > busiest:
+            busiest = root.total("matmul_rows")
+            rows = [Row(case, kernel, cost_of(root, utilization, case, target))]
     return rows
 
 
@@ -71,6 +85,7 @@ def _line(row: Row) -> str:
         _number(cost.tokens),
         _number(cost.fetch_cycles or None),
         _ratio(cost.over_fetch),
+        {True: "yes", False: "no", None: ""}[cost.in_flight],
         _number(cost.per_tokens(DECODE_TOKENS) if decode else None),
         _number(None if decode else cost.per_pairs(block)),
         f"{cost.mxu_share:.0%}",
