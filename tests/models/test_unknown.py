@@ -36,7 +36,11 @@ def problem(folder) -> str:
             "model.layers.N.input_layernorm.bias, model.layers.N.post_attention_layernorm.bias, "
             "model.layers.N.self_attn.k_proj.bias",
         ),
-        ("cohere", IDS, "config keys that Llama has not: layer_norm_eps, logit_scale, use_qk_norm; tensors of"),
+        (
+            "cohere",
+            IDS,
+            "config keys that Llama has not: layer_norm_eps, logit_scale, use_qk_norm; tensors of",
+        ),
     ],
 )
 def test_a_plain_decoder_is_told_what_it_lacks(model_type, config, expected, tmp_path):
