@@ -10,6 +10,7 @@ mode: races of copies from shared to global memory, and the layouts themselves, 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -111,14 +112,25 @@ def along_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def product_transposed(a: Any, b: Any) -> jax.Array:
-    """a b^T as float32[M, N], of a [M, D] and b [N, D] in shared memory."""
+def load_rows(reference: Any) -> jax.Array:
+    """A vector from shared memory, laid out beside an accumulator's rows."""
     if interpreting():
+        return reference[...]
+    return plgpu.load(reference, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def product_transposed(a: Any, b: Any, meanwhile: Callable[[], None] | None = None) -> jax.Array:
+    """a b^T as float32[M, N], of a [M, D] and b [N, D] in shared memory; `meanwhile` runs while it is under way."""
+    if interpreting():
+        if meanwhile is not None:
+            meanwhile()
         x, y = a[...].astype(jnp.float32), b[...].astype(jnp.float32)
         return lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision="highest")
 
     def compute(accumulator):
         plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)))
+        if meanwhile is not None:
+            meanwhile()
         return accumulator[...]
 
     return pl.run_scoped(compute, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
@@ -143,6 +155,7 @@ def clear_outside(values: Any, low: jax.Array, high: jax.Array) -> None:
     shape = values.shape
     row = iota(shape, 0)
     kept = jnp.where((row >= low) & (row < high), values[...], jnp.zeros(shape, values.dtype))
+    plgpu.commit_smem()  # every thread has read before any writes
     values[...] = kept
     plgpu.commit_smem()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pallas_kernels.gpu_parts import SMEM_BYTES, num_blocks_at_once
+from pallas_kernels.gpu_tiles import TileConfig, tile_config
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,7 @@ def decode_config(page_size: int, head_dim: int) -> DecodeConfig:
     fixed = 2 * 64 * head_dim * 2 + 2 * 64 * 64 * 4 + 8192
     stages = min(8, (SMEM_BYTES - fixed) // block // 2 * 2)
     return DecodeConfig(kv_tokens, stages, num_blocks_at_once())
+
+
+def prompt_config(page_size: int, head_dim: int) -> TileConfig:
+    return tile_config(head_dim, page_size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu_tiles import Tile
 from pallas_kernels.paged_attention.batch import RaggedBatch
 
 ITEM_FIELDS = 5
@@ -60,6 +61,28 @@ def cut_decodes(
     begin = first[row] + (item - starts[row]) * length
     fields = [row, begin, jnp.minimum(begin + length, last[row]), low[row], high[row]]
     return Pieces(jnp.stack(fields, axis=1), ends[-1], starts, table)
+
+
+def cut_prompts(
+    batch: RaggedBatch, num_tokens: int, tile_tokens: int, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Tiles of the rows that do not decode, and how many there are: what `run_tiles` takes."""
+    rows = batch.max_rows
+    decodes = jnp.arange(rows) < batch.num_decode_rows
+    lengths = jnp.where(decodes, 0, batch.query_starts[1:] - batch.query_starts[:-1])
+    counts = -(-lengths // tile_tokens)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    item = jnp.arange(num_tokens // tile_tokens + rows, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), rows - 1)
+    before = (item - (ends - counts)[row]) * tile_tokens
+    new = batch.context_lens[row] - lengths[row]
+    position = new + before
+    high = position + jnp.minimum(tile_tokens, lengths[row] - before)
+    low = jnp.zeros_like(high) if window is None else jnp.maximum(position - window + 1, 0)
+    live = item < ends[-1]  # the others sort to the end
+    low, high = jnp.where(live, low, 0), jnp.where(live, high, -1)
+    token = batch.query_starts[row] + before
+    return Tile(row, token, high - position, position, low, high, new).pack(), ends[-1]
 
 
 def _lengths(most: int) -> list[int]:
