@@ -32,7 +32,7 @@ SMALL = {
 EXTRA = {"deepseek_v2": {"num_experts_per_tok": 2}}
 # Read only where another key does not already decide, derived from others, or of no effect in this family.
 OTHER: dict[str, set[str]] = {
-    "deepseek_v2": {"n_group", "topk_group", "norm_topk_prob"},
+    "deepseek_v2": {"n_group", "topk_group", "norm_topk_prob", "qk_head_dim"},
     "deepseek_v3": {"qk_head_dim", "num_nextn_predict_layers"},
     "gemma3_text": {"_sliding_window_pattern"},
     "phi3": {"original_max_position_embeddings"},
