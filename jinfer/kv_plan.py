@@ -106,7 +106,13 @@ def pool_shape(spec: ModelSpec, kind: KVKind, num_pages: int, page_size: int, im
     """The shape of a pool of `num_pages` pages, all layers counted."""
     heads = replicated_kv_heads(kind.num_kv_heads, spec.build.tensor_parallel)
     return pa.kv_shape(
-        num_pages, page_size, heads, kind.head_dim, spec.build.dtype, implementation=implementation
+        num_pages,
+        page_size,
+        heads,
+        kind.head_dim,
+        spec.build.dtype,
+        shared_values=kind.shared_values,
+        implementation=implementation,
     )
 
 
@@ -143,7 +149,8 @@ def _budget(
         Need(kind.window, _page_bytes(spec, kind, len(layers), page_size, implementation))
         for kind, layers in group_layers(spec, max_model_len).items()
     ]
-    return Budget(needs, page_size, config.max_num_batched_tokens, config.max_num_seqs)
+    num_cached = config.max_num_seqs if config.enable_prefix_caching else 0
+    return Budget(needs, page_size, config.max_num_batched_tokens, config.max_num_seqs, num_cached)
 
 
 def step_bytes(spec: ModelSpec, config: EngineConfig) -> int:

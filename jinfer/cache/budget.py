@@ -3,6 +3,9 @@
 Sequences of equal length fill all pools at the same time: with room for `num_seqs` of them the split is the one for the
 longest length at which they all fit. Short of a window they need equally many pages in every group; beyond it a windowed
 group needs no more, and what is left goes to the full one. Whatever the budget, one sequence of `max_tokens` must fit.
+
+A cached prefix is of use only with its last window. Sequences that ended leave room in a full pool, because few of them
+have their full length; a windowed pool, which all sequences use alike, gets room for theirs on top.
 """
 
 from __future__ import annotations
@@ -23,22 +26,28 @@ class Need:
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to be shared: the groups, tokens per page, tokens of the largest step, sequences that run at once."""
+    """What is to be shared: the groups, tokens per page, tokens of the largest step, sequences that run at once, and
+    those that ended whose windows should stay for the prefix cache."""
 
     needs: Sequence[Need]
     page_size: int
     chunk: int
     num_seqs: int
+    num_cached: int = 0
 
     def least(self, need: Need, tokens: int) -> int:
         """Pages of one sequence alone, whose prompt may be computed in the largest chunks; the null page included."""
         return most_pages(tokens, need.window, self.page_size, self.chunk) + 1
 
     def most(self, need: Need, tokens: int) -> int:
-        """Pages of `num_seqs` sequences of that length: more is of use to the prefix cache alone."""
+        """Pages of `num_seqs` sequences of that length, and in a windowed group of the windows of `num_cached` more."""
+        whole = self.num_seqs * pages_of(tokens, self.page_size) + 1
+        if need.window is None:
+            return whole
         # Of all prompts one at a time is in the middle of being computed, and holds a chunk more than its window.
         decoding = most_pages(tokens, need.window, self.page_size, 1)
-        return self.num_seqs * decoding + self.least(need, tokens) - decoding
+        windows = (self.num_seqs + self.num_cached) * decoding
+        return min(whole, windows + self.least(need, tokens) - decoding)
 
     def bytes_of(self, pages: Sequence[int]) -> int:
         return sum(count * need.page_bytes for count, need in zip(pages, self.needs, strict=True))

@@ -107,11 +107,11 @@ class PagePool:
                 del self._cached[page]
             self._refcounts[page] += 1
 
-    def release(self, pages: Iterable[int]) -> None:
+    def release(self, pages: Iterable[int], *, evict_first: bool = False) -> None:
         """One sequence less uses these pages.
 
         Order matters: what is released first is evicted first, so a sequence gives its pages back from its
-        end, and a chain of cached pages loses its leaves before its root.
+        end, and a chain of cached pages loses its leaves before its root. evict_first: they go before all others.
         """
         for page in pages:
             count = self._refcounts[page] - 1
@@ -121,6 +121,8 @@ class PagePool:
             if count == 0:
                 if self._is_kept[page]:
                     self._cached[page] = None
+                    if evict_first:
+                        self._cached.move_to_end(page, last=False)
                 else:
                     self._free.append(page)
 

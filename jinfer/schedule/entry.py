@@ -52,6 +52,8 @@ class Entry:
     page_end: int = 0  # its pages end here, in every group
     # From this many computed tokens on a decode row needs a new page, or may give back some.
     turn_at: int = 0
+    num_found: int = 0  # pages found in every group at its admission
+    num_full_found: int = 0  # the same, had no window been too short
     keys: list[bytes] = field(default_factory=list)  # of its first full pages, as far as they were needed
     prefill_end: int = 0  # the tokens [num_computed, prefill_end) are known and not computed: prompt chunks
     to_sample: int = 0  # tokens that steps may still sample before `limit`; those in flight are taken off

@@ -54,7 +54,8 @@ class RunningSet:
         """
         request = entry.request
         prefill_end = request.num_known_tokens
-        num_found = self.sharing.find(entry, prefill_end)
+        self.sharing.find(entry, prefill_end)
+        num_found = entry.num_found
         start = num_found * self.page_size
         held: list[Held] = []
         for place, group in enumerate(self.groups):
@@ -103,8 +104,9 @@ class RunningSet:
         for group, held in zip(self.groups, entry.held):
             if group.window is None:
                 continue
+            first = held.first
             gone = held.let_go(group.first_page(start))
-            group.pool.release(gone)
+            self.sharing.release_behind(entry, group, first, gone)
             group.held -= len(gone)
             # What it gives back it may need again for the rest of its prompt, but never more than it had.
             if start < entry.prefill_end:

@@ -3,6 +3,11 @@
 A beginning of n pages is of use to a sequence if every group still has what the next token needs: a full group all n
 pages, a windowed group those that reach into the window before position n * page_size. The key of a page is the same in
 all groups, and each group finds its own page by it.
+
+Every page that a window leaves behind could serve a sequence that parts from this one just there. Most never do, and in
+the order of their last use they would push out the last windows of sequences that ended, which the next turns of
+conversations find. So they are evicted first, but for two kinds: pages that were found, and the window before the place
+where the full groups had no more, because there an earlier sequence took another way, and others may.
 """
 
 from __future__ import annotations
@@ -32,16 +37,19 @@ class PageSharing:
             return request.cacheable
         return request.cacheable and not self._only_forks and request.params.prompt_logprobs is None
 
-    def find(self, entry: Entry, num_tokens: int) -> int:
-        """Pages of the longest usable beginning of the entry's first `num_tokens` tokens, which are known.
+    def find(self, entry: Entry, num_tokens: int) -> None:
+        """Sets `num_found` to the pages of the longest usable beginning of the entry's first `num_tokens` tokens, which
+        are known.
 
         At least the last token is left to compute: its logits are needed.
         """
+        entry.num_found = entry.num_full_found = 0
         if not self.looks_up(entry.request):
-            return 0
+            return
         most = (num_tokens - 1) // self._page_size
         for group in self._full:
             most = self._run_from_start(entry, group, most)
+        entry.num_full_found = most
         # What one windowed group shortens, the others must look at again: they then need earlier pages.
         settled = 0
         while most and settled < len(self._windowed):
@@ -50,7 +58,18 @@ class PageSharing:
                 found = self._run_to_end(entry, group, most)
                 settled += found == most
                 most = found
-        return most
+        entry.num_found = most
+
+    def release_behind(self, entry: Entry, group: PageGroup, first: int, pages: Sequence[int]) -> None:
+        """Gives back pages at places [first, first + len) of the entry's table, which its window has left behind."""
+        if not self._full:  # nothing tells where sequences part
+            group.pool.release(pages)
+            return
+        end = entry.num_full_found
+        parting = range(group.first_page(end * self._page_size), end)
+        for place, page in enumerate(pages, first):
+            is_likely = place < entry.num_found or place in parting
+            group.pool.release((page,), evict_first=not is_likely)
 
     def pages(self, entry: Entry, group: PageGroup, first: int, count: int) -> list[int]:
         """The cached pages [first, count) of a beginning that `find` found. The caller retains them."""

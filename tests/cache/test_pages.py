@@ -57,6 +57,17 @@ def test_free_pages_go_before_cached_ones_and_those_in_order_of_release():
     pool.check_integrity()
 
 
+def test_pages_may_be_released_to_be_evicted_first():
+    pool = PagePool(4)
+    a, b, c = pool.allocate(3)
+    for page in (a, b, c):
+        pool.keep(page)
+    pool.release([a])
+    pool.release([b], evict_first=True)
+    pool.release([c])
+    assert pool.allocate(3) == [b, a, c]
+
+
 def test_using_a_cached_page_makes_it_the_most_recent():
     pool = PagePool(4)
     a, b, c = pool.allocate(3)
