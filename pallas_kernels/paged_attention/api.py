@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import AUTO, ImplementationError, Registry
-from pallas_kernels.paged_attention import cpu, reference, tpu, xla
+from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 128
@@ -74,6 +74,7 @@ REGISTRY.add("reference", cast(Implementation, reference))
 REGISTRY.add("xla", cast(Implementation, xla))
 REGISTRY.add("cpu", cast(Implementation, cpu))
 REGISTRY.add("tpu", cast(Implementation, tpu))
+REGISTRY.add("gpu", cast(Implementation, gpu))
 
 
 @jax.tree_util.register_dataclass
