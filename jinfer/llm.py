@@ -125,11 +125,7 @@ class LLM:
         results = self._run(
             token_ids, texts, [EMBED] * len(texts), pooling=params, use_tqdm=use_tqdm, unit="prompt"
         )
-        return [
-            EmbeddingOutput(r.prompt, r.prompt_token_ids, r.embedding, r.num_cached)
-            for r in results
-            if r.embedding is not None
-        ]
+        return [result.embedded() for result in results]
 
     def score(
         self,
@@ -293,6 +289,10 @@ class _Result:
         choice.text = "".join(self.texts[delta.index])
         self.open -= 1
         return self.open == 0
+
+    def embedded(self) -> EmbeddingOutput:
+        assert self.embedding is not None
+        return EmbeddingOutput(self.prompt, self.prompt_token_ids, self.embedding, self.num_cached)
 
     def output(self) -> RequestOutput:
         return RequestOutput(

@@ -370,6 +370,9 @@ def test_chat_renders_the_models_template(llm):
     assert two[1].prompt == "user: you\nassistant: "
     (bare,) = llm.chat(chat, greedy(1), add_generation_prompt=False)
     assert bare.prompt == "user: hi\n"
+    for option in ("tools", "documents"):
+        with pytest.raises(RequestError, match=f"no place for {option}"):
+            llm.chat(chat, **{option: [{"text": "x"}]})
 
 
 def test_the_bundled_model_talks():
