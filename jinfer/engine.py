@@ -34,8 +34,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class KVGroupStats:
+    """One page group: its layers' window (None: full attention), its pool's bytes, and the share of it in use."""
+
+    window: int | None
+    num_layers: int
+    num_bytes: int
+    usage: float
+
+
+@dataclass(frozen=True)
 class EngineStats:
-    """A snapshot; counters grow from the engine's start. kv_cache_usage is a share of 1, tokens are counts."""
+    """A snapshot; counters grow from the engine's start. kv_cache_usage is a share of 1 (of the fullest page group),
+    tokens are counts."""
 
     num_running: int
     num_waiting: int
@@ -54,6 +65,9 @@ class EngineStats:
     host_cpu_seconds: float
     wait_seconds: float  # waiting for the device's tokens
     kv_waste: float  # share of the allocated KV room that held no token, over all steps
+    kv_groups: tuple[KVGroupStats, ...]
+    # KV bytes that a sequence of max_model_len tokens holds, as a share of what it held without windows.
+    kv_fraction: float
 
 
 @dataclass
@@ -138,6 +152,16 @@ class Engine:
             host_cpu_seconds=c.host_cpu_seconds,
             wait_seconds=c.wait_seconds,
             kv_waste=1 - s.used_tokens / allocated if allocated else 0.0,
+            kv_groups=tuple(
+                KVGroupStats(
+                    plan.kind.window,
+                    len(plan.layers),
+                    plan.num_bytes,
+                    group.pool.num_used / group.pool.num_total,
+                )
+                for plan, group in zip(self.kv_plan.groups, s.groups, strict=True)
+            ),
+            kv_fraction=self.kv_plan.fraction,
         )
 
     # Requests

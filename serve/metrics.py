@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -80,7 +80,17 @@ REQUEST_BUCKETS += (960,)
 GAUGES = (
     ("num_requests_running", "requests that own a slot and pages", "num_running"),
     ("num_requests_waiting", "requests in the queue", "num_waiting"),
-    ("kv_cache_usage_perc", "share of the KV pages in use, 0 to 1", "kv_cache_usage"),
+    ("kv_cache_usage_perc", "share of the KV pages in use, 0 to 1, in the fullest group", "kv_cache_usage"),
+    (
+        "kv_cache_full_attention_share",
+        "KV bytes of a sequence of max_model_len tokens, as a share of what it held if no layer had a window",
+        "kv_fraction",
+    ),
+)
+# The same per group of layers that share KV pages: attribute of KVGroupStats.
+GROUP_GAUGES = (
+    ("kv_cache_group_bytes", "bytes of the KV pages of the layers with this window", "num_bytes"),
+    ("kv_cache_group_usage_perc", "share of these KV pages in use, 0 to 1", "usage"),
 )
 COUNTERS = (
     ("prefix_cache_queries", "prompt tokens looked up in the prefix cache", "prefix_cache_queries"),
@@ -139,6 +149,7 @@ class _EngineFigures:
             gauge = GaugeMetricFamily(f"jinfer:{name}", text, labels=[LABEL])
             gauge.add_metric(self._labels, 0 if stats is None else getattr(stats, attribute))
             yield gauge
+        yield from self._collect_groups(() if stats is None else stats.kv_groups)
         for name, text, attribute in COUNTERS:
             counter = CounterMetricFamily(f"jinfer:{name}", text, labels=[LABEL])
             counter.add_metric(self._labels, 0 if stats is None else getattr(stats, attribute))
@@ -152,6 +163,14 @@ class _EngineFigures:
         for reason, count in counts.items():
             finished.add_metric([*self._labels, str(reason)], count)
         yield finished
+
+    def _collect_groups(self, groups: Iterable[Any]) -> Iterator[Metric]:
+        for name, text, attribute in GROUP_GAUGES:
+            gauge = GaugeMetricFamily(f"jinfer:{name}", text, labels=[LABEL, "group", "window"])
+            for number, group in enumerate(groups):
+                window = "none" if group.window is None else str(group.window)
+                gauge.add_metric([*self._labels, str(number), window], getattr(group, attribute))
+            yield gauge
 
 
 class RequestClock:

@@ -115,6 +115,7 @@ def test_metrics(client, engine):
         "num_requests_running": 0,
         "num_requests_waiting": 3,
         "kv_cache_usage_perc": 0.25,
+        "kv_cache_full_attention_share": 0.5,
         "prefix_cache_queries_total": 100,
         "prefix_cache_hits_total": 40,
         "prompt_tokens_total": 1234,
@@ -123,6 +124,10 @@ def test_metrics(client, engine):
         "recompiles_total": 0,
     }.items():
         assert values["jinfer:" + name, ()] == value, name
+    windowed = (("group", "1"), ("window", "16"))
+    assert values["jinfer:kv_cache_group_bytes", (("group", "0"), ("window", "none"))] == 4096
+    assert values["jinfer:kv_cache_group_bytes", windowed] == 1024
+    assert values["jinfer:kv_cache_group_usage_perc", windowed] == 0.125
     done = {
         r: values["jinfer:request_success_total", (("finished_reason", r),)]
         for r in ("stop", "length", "abort")

@@ -179,6 +179,11 @@ class FakeAsyncEngine:
             num_preemptions=2,
             recompiles=0,
             num_requests_finished=dict(self.finished),
+            kv_fraction=0.5,
+            kv_groups=(
+                SimpleNamespace(window=None, num_layers=1, num_bytes=4096, usage=0.25),
+                SimpleNamespace(window=16, num_layers=1, num_bytes=1024, usage=0.125),
+            ),
         )
 
     def start(self) -> None:
