@@ -256,6 +256,35 @@ def _flash(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
     return score, [q, kv, kv, _shape(case.rows, dtype="int32")], ()
 
 
+SPLASH_BLOCKS = (512, 1024, 512)  # queries, keys, and keys per product
+
+
+def pairs_per_pass(case: Case) -> int | None:
+    """(query head, key) pairs that a pass of a dense kernel's loop works on; None for the other kernels."""
+    if case.op != "flash_attention":
+        return None
+    if case.implementation == "jax":
+        return SPLASH_BLOCKS[0] * SPLASH_BLOCKS[1]
+    import jax.numpy as jnp
+
+    from pallas_kernels.flash_attention import AttentionSpec, tpu_plan
+
+    shape = case.heads
+    spec = AttentionSpec(
+        batch=case.rows,
+        length=case.context,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=jnp.dtype("bfloat16"),
+        scale=1.0,
+        window=shape.window,
+        soft_cap=shape.soft_cap,
+    )
+    blocks = tpu_plan.choose_blocks(spec)
+    return spec.groups * blocks.queries * blocks.keys
+
+
 def _jax_flash(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
     """jax's splash attention: grouped heads, causal or windowed, with its mask skipped block by block."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -273,7 +302,7 @@ def _jax_flash(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ..
         mask = masks.CausalMask(size)
     splash = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * shape.heads),
-        block_sizes=kernel.BlockSizes(block_q=512, block_kv=1024, block_kv_compute=512),
+        block_sizes=kernel.BlockSizes(*SPLASH_BLOCKS),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=shape.soft_cap,

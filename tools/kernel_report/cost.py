@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tools.kernel_cases import Case
+from tools.kernel_cases import Case, pairs_per_pass
 from tools.kernel_report.bundles import (
     GRANULE_BYTES,
     Region,
@@ -25,10 +25,11 @@ class Cost:
     Attributes:
       bundles: issued per pass (see `steady_pass`): cycles, with every wait left out. Inner loops are passed once.
       all_bundles: with every branch taken.
-      tokens: KV tokens that a pass fetches; None where the text does not tell.
+      tokens: KV tokens that a pass of paged attention fetches; None where the text does not tell.
       fetched_bytes: copied from HBM per pass.
       fetch_cycles: what that takes at the chip's bandwidth.
-      pairs: products of a query head with a key that the matrix units are passed for, padding included.
+      pairs: products of a query head with a key; where a case does not tell, as many as the matrix instructions
+        have room for.
       mxu_share: of the matrix units' time that streaming those operands takes at peak rate, 0 to 1.
       units: share of the slots of every other unit.
       in_flight: the next block is asked for before this one is waited for; None where no loop fetches.
@@ -77,10 +78,10 @@ def cost_of(root: Region, utilization: Utilization, case: Case, target: TPUTarge
     return Cost(
         bundles=bundles,
         all_bundles=hot.total("bundles"),
-        tokens=round(fetched / bytes_per_token(case)) or None,
+        tokens=round(fetched / bytes_per_token(case)) or None if case.op == "paged_attention" else None,
         fetched_bytes=fetched,
         fetch_cycles=fetched / target.bytes_per_cycle,
-        pairs=rows * target.mxu_size // passes,
+        pairs=pairs_per_pass(case) or rows * target.mxu_size // passes,
         mxu_share=rows / rows_per_cycle / bundles,
         units={
             unit: used[unit] / (slots * bundles)

@@ -16,7 +16,18 @@ from typing import Any
 from tools.targets.gpu import GPU_TARGETS, GPUTarget
 from tools.targets.tpu import TPU_TARGETS, TPUTarget
 
-__all__ = ["TARGETS", "ChildError", "GPUTarget", "TPUTarget", "Target", "ask_child", "find", "run_child"]
+__all__ = [
+    "GPU_TARGETS",
+    "TARGETS",
+    "TPU_TARGETS",
+    "ChildError",
+    "GPUTarget",
+    "TPUTarget",
+    "Target",
+    "ask_child",
+    "find",
+    "run_child",
+]
 
 Target = TPUTarget | GPUTarget
 TARGETS: dict[str, Target] = {target.name: target for target in (*TPU_TARGETS, *GPU_TARGETS)}
