@@ -88,7 +88,12 @@ class EngineConfig:
         "sequences within 2 GiB",
         low=1,
     )
-    num_gpu_blocks_override: int | None = option(None, "KV pages, whatever the memory", low=2, high=2**28)
+    num_gpu_blocks_override: int | None = option(
+        None,
+        "KV pages, whatever the memory; layers with a window get no more of them than they can use",
+        low=2,
+        high=2**28,
+    )
     enable_prefix_caching: bool = option(True, "share the KV pages of equal prompt beginnings")
     async_scheduling: bool = option(True, "dispatch a step before the last one's tokens are read")
     tensor_parallel_size: int = option(1, "devices that share each layer", low=1, high=1024)

@@ -118,6 +118,7 @@ class Engine:
         loaded = time.monotonic()
         seconds = self.runner.warmup() if config.warmup else 0.0
         logger.info("loaded in %.1f s, compiled in %.1f s", loaded - started, seconds)
+        logger.info("KV pages of %d tokens: %s", self.kv_plan.page_size, self.kv_plan)
 
     # Facts
 

@@ -195,9 +195,7 @@ def plan_kv(spec: ModelSpec, mesh: Mesh, config: EngineConfig) -> KVPlan:
             )
         logger.warning("max_model_len lowered from %d to %d: the KV pages hold no more", wanted, room)
         return plan_kv(spec, mesh, replace(config, max_model_len=room))
-    plan = make_plan(spec, pages, size, config.attention_backend, wanted)
-    logger.info("KV pages of %d tokens: %s", size, plan)
-    return plan
+    return make_plan(spec, pages, size, config.attention_backend, wanted)
 
 
 def _pages(
