@@ -61,13 +61,25 @@ def prompt_ids(
             "continue_final_message needs an assistant message at the end", "continue_final_message"
         )
     begins = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    extra = body.chat_template_kwargs or {}
+    extra = dict(body.chat_template_kwargs or {})
     for name in RESERVED:
         if name in extra:
             raise bad_request(
                 f"chat_template_kwargs has {name!r}, which is a field of the request", "chat_template_kwargs"
             )
-
+    effort = body.reasoning_effort
+    if effort is not None:
+        if not template.reads("reasoning_effort"):
+            raise bad_request(
+                "the model's chat template has no place for reasoning_effort: leave it out",
+                "reasoning_effort",
+                "unsupported_field",
+            )
+        if extra.setdefault("reasoning_effort", effort) != effort:
+            raise bad_request(
+                f"reasoning_effort is {effort!r} and in chat_template_kwargs {extra['reasoning_effort']!r}: give one",
+                "reasoning_effort",
+            )
     text = template.render(
         messages,
         tools=tools,

@@ -33,7 +33,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
@@ -71,7 +70,6 @@ HINTS = {
     "chat_template": "templates come with the model or with the server's --chat-template flag",
     "functions": "use tools with tool_choice 'none'",
     "modalities": "only text is served",
-    "reasoning_effort": "if the model's chat template takes it, send it in chat_template_kwargs",
     "response_format": 'only {"type": "text"} is served',
     "truncate_prompt_tokens": "shorten the prompt before sending it",
 }

@@ -94,6 +94,7 @@ class TemplateBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(None, description="for templates that have a place for it")
 
 
 class ChatBody(SamplingBody, TemplateBody):

@@ -23,6 +23,7 @@ def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
             "add_generation_prompt",
             "continue_final_message",
             "chat_template_kwargs",
+            "reasoning_effort",
         ):
             if getattr(body, name) is not None:
                 raise bad_request(

@@ -127,6 +127,10 @@ class ChatTemplate:
         text = self._render(name, variables)
         return text if ending is None else _cut_at_mark(text, ending)
 
+    def reads(self, variable: str) -> bool:
+        """Whether any of the templates looks at a variable."""
+        return any(variable in names for names in self._reads.values())
+
     def _choose(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         if tools and "tool_use" in self._compiled:
             return "tool_use"

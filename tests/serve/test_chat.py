@@ -229,3 +229,25 @@ def test_what_the_template_cannot_show_is_refused(client, engine):
         assert "no place for" in error["message"]
     assert client.fault(client.chat("hi", documents="a"), 400)["param"] == "documents"
     assert engine.seen == []
+
+
+def test_reasoning_effort_without_a_place_is_refused(client):
+    error = client.fault(client.chat("hi", reasoning_effort="low"), 400)
+    assert (error["param"], error["code"]) == ("reasoning_effort", "unsupported_field")
+
+
+def test_reasoning_effort_goes_to_a_template_that_takes_it(client, engine):
+    engine.chat_template = ChatTemplate({"default": "[{{ reasoning_effort or 'medium' }}]"})
+    kwargs = {"chat_template_kwargs": {"reasoning_effort": "high"}}
+    for fields, shown in (
+        ({}, "[medium]"),
+        ({"reasoning_effort": "low"}, "[low]"),
+        (kwargs, "[high]"),
+        (kwargs | {"reasoning_effort": "high"}, "[high]"),
+    ):
+        engine.seen.clear()
+        client.chat("hi", **fields).raise_for_status()
+        assert engine.tokenizer.decode(engine.seen[0].ids) == shown
+    assert (
+        client.fault(client.chat("hi", reasoning_effort="low", **kwargs), 400)["param"] == "reasoning_effort"
+    )

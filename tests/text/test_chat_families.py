@@ -201,3 +201,24 @@ def test_what_a_template_would_leave_out_is_refused(pairs):
         pairs["qwen3"][0].render(chat, documents=DOCUMENTS)
     assert caught.value.param == "documents"
     assert pairs["gemma3"][0].render(chat, tools=[], documents=[]) == pairs["gemma3"][0].render(chat)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if custom is defined %}{% set tools = custom %}{% endif %}{% if tools is defined %}{{ tools }}{% endif %}",
+        "{% if tools is not defined %}{% set tools = none %}{% endif %}{{ tools }}",
+        "{% macro show() %}{% if not tools %}{% set tools = [] %}{% endif %}{{ tools }}{% endmacro %}{{ show() }}",
+        "{% macro show(tools) %}{{ tools }}{% endmacro %}{{ show(tools) }}",
+        "{% set ns = namespace(t=tools) %}{{ ns.t }}",
+        "{% set tools = tools or [] %}{{ tools }}",
+    ],
+)
+def test_templates_that_keep_tools_under_their_own_name_have_a_place_for_them(source):
+    assert "weather" in ChatTemplate({"default": source}).render(CHATS["one question"], tools=[WEATHER])
+
+
+def test_a_parameter_of_that_name_is_no_place():
+    source = "{% macro show(tools) %}{{ tools }}{% endmacro %}{{ show(messages) }}"
+    with pytest.raises(RequestError, match="no place for tools"):
+        ChatTemplate({"default": source}).render(CHATS["one question"], tools=[WEATHER])
