@@ -28,15 +28,15 @@ from pallas_kernels.paged_attention.tpu_pages import (
 __all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
 
 MAX_HEAD_DIM = 256
+TABLE_BYTES = 512 * 1024  # of page ids for one kernel: half of the scalar memory
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TpuPlan:
-    """The batch, its page table in one row, and the tiles that are written."""
+    """The batch, and the tiles that are written."""
 
     batch: RaggedBatch
-    table: jax.Array
     writes: tpu_write.Writes
 
 
@@ -70,7 +70,7 @@ def kv_spec(kv: Any) -> KVSpec | None:
 
 def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> TpuPlan:
     writes = tpu_write.plan_writes(batch, num_tokens, spec.page_size, sublanes(spec.dtype))
-    return TpuPlan(batch, batch.page_table.reshape(-1), writes)
+    return TpuPlan(batch, writes)
 
 
 def write_kv(kv: TpuPool, k, v, plan: TpuPlan, *, page_offset) -> TpuPool:
@@ -104,13 +104,16 @@ def attend(
         "row_pages": plan.batch.page_table.shape[1],
         "vmem_bytes": blocks.vmem_bytes,
     }
-    out = _decodes(queries, logits, kv, plan, page_offset, blocks, common)
+    groups = _row_groups(plan.batch)
+    decodes = [_decodes(queries, logits, kv, group, page_offset, blocks, common) for group in groups]
+    out = jnp.concatenate(decodes) if len(decodes) > 1 else decodes[0]
     if not plan.batch.decode_only:
-        chunks = _chunks(queries, logits, kv, plan, page_offset, blocks, common)
-        decodes = jnp.arange(num_tokens) < plan.batch.num_decode_rows
-        padding = max(num_tokens - out.shape[0], 0)
-        out = jnp.pad(out, ((0, padding), (0, 0), (0, 0)))[:num_tokens]
-        out = jnp.where(decodes[:, None, None], out, chunks)
+        token = jnp.arange(num_tokens)
+        out = jnp.pad(out, ((0, max(num_tokens - out.shape[0], 0)), (0, 0), (0, 0)))[:num_tokens]
+        for group in groups:
+            chunks = _chunks(queries, logits, kv, plan.batch, group, page_offset, blocks, common)
+            before = token < jnp.maximum(group.query_starts[0], plan.batch.num_decode_rows)
+            out = jnp.where(before[:, None, None], out, chunks)
     live = jnp.arange(num_tokens) < plan.batch.num_tokens
     start = value_lane(kv.head_dim)
     out = jnp.where(live[:, None, None], out[:, :, start : start + head_dim], 0.0)
@@ -119,19 +122,51 @@ def attend(
     return out.astype(q.dtype)
 
 
-def _decodes(queries, sinks, kv: TpuPool, plan: TpuPlan, page_offset, blocks, common) -> jax.Array:
-    """float32[R, H, L]: the results of decode rows, anything in the others."""
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows whose page table fits in SMEM: rows [start, start + R'), and of them how many decode and how many live."""
+
+    start: int
+    query_starts: jax.Array
+    context_lens: jax.Array
+    table: jax.Array
+    num_decode_rows: jax.Array
+    num_rows: jax.Array
+
+
+def _row_groups(batch: RaggedBatch) -> list[RowGroup]:
+    """All rows in one group, unless the table is too large for SMEM: 64 rows of 128k tokens are."""
+    rows, row_pages = batch.page_table.shape
+    size = max(1, TABLE_BYTES // (4 * row_pages))
+    groups = []
+    for start in range(0, rows, size):
+        end = min(start + size, rows)
+        groups.append(
+            RowGroup(
+                start=start,
+                query_starts=batch.query_starts[start : end + 1],
+                context_lens=batch.context_lens[start:end],
+                table=batch.page_table[start:end].reshape(-1),
+                num_decode_rows=jnp.clip(batch.num_decode_rows - start, 0, end - start),
+                num_rows=jnp.clip(batch.num_rows - start, 0, end - start),
+            )
+        )
+    return groups
+
+
+def _decodes(queries, sinks, kv: TpuPool, rows: RowGroup, page_offset, blocks, common) -> jax.Array:
+    """float32[R', H, L]: the results of decode rows, anything in the others."""
     num_heads, lanes = queries.shape[1:]
     num_kv_heads, group = kv.pages.shape[2], queries.shape[1] // kv.pages.shape[2]
     padding = -group % 8
-    rows = plan.batch.max_rows
+    num_rows = rows.context_lens.shape[0]
     # A row's token is the token of its number. There may be fewer tokens than rows; then the last rows are padding.
-    queries = queries[:rows]
-    queries = jnp.pad(queries, ((0, rows - queries.shape[0]), (0, 0), (0, 0)))
-    queries = queries.reshape(rows, num_kv_heads, group, lanes)
+    queries = queries[rows.start : rows.start + num_rows]
+    queries = jnp.pad(queries, ((0, num_rows - queries.shape[0]), (0, 0), (0, 0)))
+    queries = queries.reshape(num_rows, num_kv_heads, group, lanes)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
     sinks = jnp.pad(sinks.reshape(num_kv_heads, group), ((0, 0), (0, padding)), constant_values=MASKED)
-    meta = jnp.stack([plan.batch.num_decode_rows, page_offset])
+    meta = jnp.stack([rows.num_decode_rows, page_offset])
     config = tpu_decode.DecodeConfig(
         block_pages=blocks.decode_pages,
         buffers=blocks.decode_buffers,
@@ -141,19 +176,20 @@ def _decodes(queries, sinks, kv: TpuPool, plan: TpuPlan, page_offset, blocks, co
     out = tpu_decode.decode(
         queries,
         kv.pages,
-        plan.batch.context_lens,
-        plan.table,
+        rows.context_lens,
+        rows.table,
         meta,
         jnp.broadcast_to(sinks[..., None], (*sinks.shape, LANES)),
         config,
     )
-    return out[:, :, :group].reshape(rows, num_heads, lanes)
+    return out[:, :, :group].reshape(num_rows, num_heads, lanes)
 
 
-def _chunks(queries, sinks, kv: TpuPool, plan: TpuPlan, page_offset, blocks, common) -> jax.Array:
+def _chunks(
+    queries, sinks, kv: TpuPool, batch: RaggedBatch, rows: RowGroup, page_offset, blocks, common
+) -> jax.Array:
     """float32[T, H, L]: the results of rows that are not decode rows, anything in the others."""
     num_tokens, num_heads, _ = queries.shape
-    batch = plan.batch
     config = tpu_chunks.ChunkConfig(
         tile=blocks.chunk_tile,
         small_tile=blocks.chunk_small_tile,
@@ -168,10 +204,10 @@ def _chunks(queries, sinks, kv: TpuPool, plan: TpuPlan, page_offset, blocks, com
     out = tpu_chunks.attend_chunks(
         jnp.pad(queries, ((0, config.tile), (0, 0), (0, 0))),
         kv.pages,
-        batch.query_starts,
-        batch.context_lens,
-        plan.table,
-        jnp.stack([batch.num_decode_rows, batch.num_rows, page_offset]),
+        rows.query_starts,
+        rows.context_lens,
+        rows.table,
+        jnp.stack([rows.num_decode_rows, rows.num_rows, page_offset]),
         jnp.broadcast_to(sinks[:, None, None], (num_heads, 1, LANES)),
         tree,
         config,

@@ -1,6 +1,6 @@
 """Block sizes of the TPU kernels: from the shapes and the device's VMEM, or from a table made for the device.
 
-A table is a JSON file in `tpu_blocks/`, named as `device_name()` says, with entries such as
+A table is a JSON file in `tpu_tables/`, named as `device_name()` says, with a list of entries such as
 
     {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 32, "dtype": "bfloat16",
      "blocks": {"decode_pages": 32, "chunk_tile": 128}}
@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.tpu_pages import LANES, lanes_of
 
-TABLES = Path(__file__).parent / "tpu_blocks"
+TABLES = Path(__file__).parent / "tpu_tables"
 MIB = 1024 * 1024
 SMALLEST_VMEM = 64 * MIB  # of the supported generations, for a device that is not known
 
@@ -56,7 +56,7 @@ class Blocks:
 def device_name() -> str:
     """Such as "v6e": the TPU that is being compiled for; "unknown" elsewhere, as in interpret mode."""
     try:
-        return str(pltpu.get_tpu_info().chip_version).lower()
+        return str(pltpu.get_tpu_info().chip_version)
     except ValueError:
         return "unknown"
 

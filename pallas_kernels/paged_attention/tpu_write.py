@@ -18,7 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.batch import RaggedBatch
 
-RING = 8  # tiles in flight
+# A copy takes microseconds whatever its size, so as many tiles are in flight as fit in this, up to MOST_IN_FLIGHT.
+RING_BYTES = 8 * 1024 * 1024
+MOST_IN_FLIGHT = 32
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +84,10 @@ def write(pages: jax.Array, new: jax.Array, writes: Writes, offset: jax.Array, t
     new = jnp.pad(new.astype(jnp.float32), ((pad, pad), (0, 0), (0, 0)))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     scalars = (writes.count, offset, writes.pages, writes.tiles, writes.first, writes.low, writes.high)
-    slab_tile = pltpu.VMEM((RING, num_slabs, num_kv_heads, tile, lanes), pages.dtype)
+    slabs = num_slabs * num_kv_heads
+    item_bytes = slabs * lanes * (4 * writes.tokens + 2 * tile * pages.dtype.itemsize)
+    ring = min(max(2, RING_BYTES // item_bytes), MOST_IN_FLIGHT, writes.pages.shape[0])
+    slab_tile = pltpu.VMEM((ring, num_slabs, num_kv_heads, tile, lanes), pages.dtype)
     return pl.pallas_call(
         partial(_kernel, pad=pad, tokens=writes.tokens),
         name="paged_attention_write",
@@ -92,15 +97,15 @@ def write(pages: jax.Array, new: jax.Array, writes: Writes, offset: jax.Array, t
             in_specs=[hbm, hbm],
             out_specs=hbm,
             scratch_shapes=[
-                pltpu.VMEM((RING, writes.tokens, num_slabs * num_kv_heads, lanes), jnp.float32),
+                pltpu.VMEM((ring, writes.tokens, slabs, lanes), jnp.float32),
                 slab_tile,
                 slab_tile,
-                pltpu.SemaphoreType.DMA((3, RING)),
+                pltpu.SemaphoreType.DMA((3, ring)),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         input_output_aliases={len(scalars) + 1: 0},
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=4 * RING_BYTES, disable_bounds_checks=True),
     )(*scalars, new, pages)
 
 
@@ -123,7 +128,8 @@ def _kernel(
     pad: int,
     tokens: int,
 ):
-    num_items, num_slabs, num_kv_heads, tile = count[0], *old.shape[1:4]
+    ring, num_slabs, num_kv_heads, tile = old.shape[:4]
+    num_items = count[0]
 
     def place(item):
         rows = pl.ds(pl.multiple_of(tiles[item] * tile, tile), tile)
@@ -141,19 +147,19 @@ def _kernel(
         return pltpu.make_async_copy(merged.at[slot], place(item), semaphores.at[2, slot])
 
     def start(item):
-        slot = lax.rem(item, RING)
+        slot = lax.rem(item, ring)
         new_copy(item, slot).start()
         pl.when(firsts[item] < lows[item])(lambda: old_copy(item, slot).start())
 
-    @pl.loop(0, jnp.minimum(RING - 1, num_items))
+    @pl.loop(0, jnp.minimum(ring - 1, num_items))
     def _(item):
         start(item)
 
     @pl.loop(0, num_items)
     def _(item):
-        slot = lax.rem(item, RING)
-        pl.when(item + RING - 1 < num_items)(lambda: start(item + RING - 1))
-        pl.when(item >= RING)(lambda: merged_copy(item - RING, slot).wait())
+        slot = lax.rem(item, ring)
+        pl.when(item + ring - 1 < num_items)(lambda: start(item + ring - 1))
+        pl.when(item >= ring)(lambda: merged_copy(item - ring, slot).wait())
         new_copy(item, slot).wait()
         pl.when(firsts[item] < lows[item])(lambda: old_copy(item, slot).wait())
         token = firsts[item] + lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
@@ -165,6 +171,6 @@ def _kernel(
             merged[at] = rows.astype(merged.dtype)
         merged_copy(item, slot).start()
 
-    @pl.loop(jnp.maximum(num_items - RING, 0), num_items)
+    @pl.loop(jnp.maximum(num_items - ring, 0), num_items)
     def _(item):
-        merged_copy(item, lax.rem(item, RING)).wait()
+        merged_copy(item, lax.rem(item, ring)).wait()

@@ -1,5 +1,8 @@
 """The TPU kernels in interpret mode, with race detection, against the reference; and what surrounds them."""
 
+from dataclasses import replace
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention import tpu_blocks
+from pallas_kernels.paged_attention import api, tpu, tpu_blocks
 from tests.support.ragged import Row, Runner, Shape, Step, make_step
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -26,6 +29,7 @@ def interpreted(monkeypatch):
 
 def compare(step: Step, layer: int = 1) -> None:
     output, kv = run(step, "tpu", layer)
+    assert interpreter.races is not None
     assert not interpreter.races.races_found
     wanted, wanted_kv = run(step, "reference", layer)
     live = int(step.batch.num_tokens)
@@ -118,3 +122,35 @@ def test_agrees_with_the_reference(name):
         compare(make_step(shape, *rows, seed=seed), layer)
 
     check()
+
+
+@pytest.fixture
+def fresh():
+    """Nothing traced before or after is mistaken for what is traced with a patch."""
+
+    def forget():
+        api._attend.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+        run.clear()
+
+    forget()
+    yield
+    forget()
+
+
+def test_a_table_too_large_for_scalar_memory_is_split(fresh, monkeypatch):
+    shape = tpu_shape(num_rows=5)
+    monkeypatch.setattr(tpu, "TABLE_BYTES", 2 * 4 * shape.pages_per_row)
+    compare(make_step(shape, [Row(1, 9), Row(1, 48), Row(1, 17)], [Row(11, 30), Row(9, 9)]))
+
+
+def test_what_an_earlier_owner_left_does_not_matter():
+    """A NaN in a masked slot would pass through a product with weight 0."""
+    shape = SHAPES["plain"]
+    step = make_step(shape, [Row(1, 9), Row(1, 17)], [Row(11, 11), Row(9, 25)])
+    clean, _ = run(step, "tpu")
+    dirty = np.array(step.kv)
+    unowned = ~np.concatenate([step.owned(), step.owned()])
+    dirty.swapaxes(1, 3)[unowned] = np.nan
+    output, _ = run(replace(step, kv=jnp.asarray(dirty)), "tpu")
+    live = int(step.batch.num_tokens)
+    np.testing.assert_array_equal(output[:live], clean[:live])
