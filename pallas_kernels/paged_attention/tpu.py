@@ -105,14 +105,14 @@ def attend(
         "vmem_bytes": blocks.vmem_bytes,
     }
     groups = _row_groups(plan.batch)
-    decodes = [_decodes(queries, logits, kv, group, page_offset, blocks, common) for group in groups]
+    decodes = [_decodes(queries, logits, kv, rows, page_offset, blocks, common) for rows in groups]
     out = jnp.concatenate(decodes) if len(decodes) > 1 else decodes[0]
     if not plan.batch.decode_only:
         token = jnp.arange(num_tokens)
         out = jnp.pad(out, ((0, max(num_tokens - out.shape[0], 0)), (0, 0), (0, 0)))[:num_tokens]
-        for group in groups:
-            chunks = _chunks(queries, logits, kv, plan.batch, group, page_offset, blocks, common)
-            before = token < jnp.maximum(group.query_starts[0], plan.batch.num_decode_rows)
+        for rows in groups:
+            chunks = _chunks(queries, logits, kv, plan.batch, rows, page_offset, blocks, common)
+            before = token < jnp.maximum(rows.query_starts[0], plan.batch.num_decode_rows)
             out = jnp.where(before[:, None, None], out, chunks)
     live = jnp.arange(num_tokens) < plan.batch.num_tokens
     start = value_lane(kv.head_dim)
