@@ -114,6 +114,7 @@ def test_unknown_models_are_named(capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.slow
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["smollm3-3b"])
