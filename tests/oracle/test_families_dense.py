@@ -1,14 +1,15 @@
 """Dense families against transformers: random weights, odd sizes, every option that a family has.
 
 Each model is compared in logits per position and in greedy tokens of three prompts: alone, together, in chunks of 64,
-with cached prefixes, and over 2 and 4 devices.
+with cached prefixes, and over 2 or 4 devices.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.support.families import check_family
+from tests.support.families import SETTINGS, check_family
 
 
 def rope(kind: str = "default", theta: float = 10000.0, **values: Any) -> dict[str, Any]:
@@ -184,8 +185,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+# Two of a family's models run on two devices and two on four.
+DEVICES = [(2, 1), (4, 1), (4, 2, 1)]
+
+
 @pytest.mark.parametrize(
     ("family", "number"), [(f, i) for f, configs in CASES.items() for i in range(len(configs))]
 )
 def test_family_equals_transformers(family, number, tmp_path):
-    check_family(family, tmp_path, **CASES[family][number])
+    settings = replace(SETTINGS, tensor_parallel_sizes=DEVICES[number])
+    check_family(family, tmp_path, settings, **CASES[family][number])
