@@ -143,7 +143,8 @@ def _budget(
         Need(kind.window, _page_bytes(spec, kind, len(layers), page_size, implementation))
         for kind, layers in group_layers(spec, max_model_len).items()
     ]
-    num_cached = config.max_num_seqs if config.enable_prefix_caching else 0
+    # Of a sequence that ended two windows are worth keeping, the prompt's last and its own.
+    num_cached = 2 * config.max_num_seqs if config.enable_prefix_caching else 0
     return Budget(needs, page_size, config.max_num_batched_tokens, config.max_num_seqs, num_cached)
 
 

@@ -27,7 +27,7 @@ class Need:
 @dataclass(frozen=True)
 class Budget:
     """What is to be shared: the groups, tokens per page, tokens of the largest step, sequences that run at once, and
-    those that ended whose windows should stay for the prefix cache."""
+    windows of those that ended that should stay for the prefix cache."""
 
     needs: Sequence[Need]
     page_size: int
@@ -40,7 +40,7 @@ class Budget:
         return most_pages(tokens, need.window, self.page_size, self.chunk) + 1
 
     def most(self, need: Need, tokens: int) -> int:
-        """Pages of `num_seqs` sequences of that length, and in a windowed group of the windows of `num_cached` more."""
+        """Pages of `num_seqs` sequences of that length, and in a windowed group `num_cached` windows more."""
         whole = self.num_seqs * pages_of(tokens, self.page_size) + 1
         if need.window is None:
             return whole

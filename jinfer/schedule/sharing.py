@@ -5,9 +5,10 @@ pages, a windowed group those that reach into the window before position n * pag
 all groups, and each group finds its own page by it.
 
 Every page that a window leaves behind could serve a sequence that parts from this one just there. Most never do, and in
-the order of their last use they would push out the last windows of sequences that ended, which the next turns of
-conversations find. So they are evicted first, but for two kinds: pages that were found, and the window before the place
-where the full groups had no more, because there an earlier sequence took another way, and others may.
+the order of their last use they would push out what is asked for: the last windows of sequences that ended, where the
+next turn of a conversation goes on. So they are evicted first, but for three kinds: pages that were found; the window
+before the end of the prompt, which may be sent again or answered otherwise; and the one before the place where the full
+groups had no more, because there an earlier sequence took another way, and others may.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class PageSharing:
         if not self._full:  # nothing tells where sequences part
             group.pool.release(pages)
             return
-        end = entry.num_full_found
-        parting = range(group.first_page(end * self._page_size), end)
+        ends = (entry.num_full_found, (entry.request.num_prompt_tokens - 1) // self._page_size)
+        parting = [range(group.first_page(end * self._page_size), end) for end in ends]
         for place, page in enumerate(pages, first):
-            is_likely = place < entry.num_found or place in parting
+            is_likely = place < entry.num_found or any(place in window for window in parting)
             group.pool.release((page,), evict_first=not is_likely)
 
     def pages(self, entry: Entry, group: PageGroup, first: int, count: int) -> list[int]:

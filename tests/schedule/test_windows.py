@@ -108,10 +108,17 @@ def test_the_last_windows_of_ended_sequences_outlast_what_windows_leave_behind(
     assert run_one(s, make_request([*PROMPT, 50], max_tokens=1), finish_all) == 40
 
 
+def test_a_prompt_is_found_again_though_its_window_has_moved_on(make_scheduler, make_request, finish_all):
+    s = make_scheduler(groups=[GroupSize(400), GroupSize(12, 6)])
+    run_one(s, make_request([*PROMPT][:22], max_tokens=40), finish_all)
+    run_one(s, make_request(4, max_tokens=50), finish_all)
+    assert run_one(s, make_request([*PROMPT][:22], max_tokens=1), finish_all) == 20
+
+
 def test_where_sequences_part_the_window_is_kept_from_the_second_one_on(
     make_scheduler, make_request, finish_all
 ):
-    s = make_scheduler(groups=[GroupSize(400), GroupSize(9, 6)])
+    s = make_scheduler(groups=[GroupSize(400), GroupSize(12, 6)])
     found = []
     for user in range(5):
         found.append(
