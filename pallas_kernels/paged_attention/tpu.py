@@ -102,6 +102,7 @@ def attend(
         "window": sliding_window,
         "cap": soft_cap * LOG2_E if soft_cap else None,
         "row_pages": plan.batch.page_table.shape[1],
+        "cores": blocks.cores,
         "vmem_bytes": blocks.vmem_bytes,
     }
     groups = _row_groups(plan.batch)
@@ -189,7 +190,7 @@ def _chunks(
     queries, sinks, kv: TpuPool, batch: RaggedBatch, rows: RowGroup, page_offset, blocks, common
 ) -> jax.Array:
     """float32[T, H, L]: the results of rows that are not decode rows, anything in the others."""
-    num_tokens, num_heads, _ = queries.shape
+    num_tokens, num_heads, lanes = queries.shape
     config = tpu_chunks.ChunkConfig(
         tile=blocks.chunk_tile,
         small_tile=blocks.chunk_small_tile,
@@ -201,8 +202,10 @@ def _chunks(
     if batch.tree_mask is not None:
         tree = jnp.pad(batch.tree_mask, ((0, config.tile), (0, 0)))
         tree = jnp.broadcast_to(tree[..., None], (*tree.shape, LANES))
+    queries = jnp.pad(queries, ((0, config.tile), (0, 0), (0, 0)))
+    queries = queries.reshape(num_tokens + config.tile, config.cores, -1, lanes).swapaxes(0, 1)
     out = tpu_chunks.attend_chunks(
-        jnp.pad(queries, ((0, config.tile), (0, 0), (0, 0))),
+        queries,
         kv.pages,
         rows.query_starts,
         rows.context_lens,
@@ -212,4 +215,4 @@ def _chunks(
         tree,
         config,
     )
-    return out[:num_tokens]
+    return out.swapaxes(0, 1).reshape(-1, num_heads, lanes)[:num_tokens]

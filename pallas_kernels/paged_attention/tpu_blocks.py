@@ -50,6 +50,7 @@ class Blocks:
     chunk_small_tile: int
     chunk_pages: int
     chunk_buffers: int
+    cores: int
     vmem_bytes: int
 
 
@@ -61,26 +62,31 @@ def device_name() -> str:
         return "unknown"
 
 
-def vmem_capacity() -> int:
+def device() -> tuple[int, int]:
+    """(VMEM bytes of a core, cores per device) of the TPU that is being compiled for."""
     try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
+        info = pltpu.get_tpu_info()
     except ValueError:
-        return SMALLEST_VMEM
+        return SMALLEST_VMEM, 1
+    return info.vmem_capacity_bytes, info.num_cores
 
 
 def choose(shape: Shape, window: int | None) -> Blocks:
     """The heuristic's choice, with what the device's table says of the shape instead."""
-    blocks = heuristic(shape, window, vmem_capacity())
+    blocks = heuristic(shape, window, *device())
     return replace(blocks, **overrides(TABLES / f"{device_name()}.json", shape))
 
 
-def heuristic(shape: Shape, window: int | None, vmem: int) -> Blocks:
+def heuristic(shape: Shape, window: int | None, vmem: int, cores: int = 1) -> Blocks:
     """Blocks large enough that starting and ending one is little beside it, within half of the VMEM.
 
     Decode: at most 1,024 tokens or 4 MiB a block, three in flight: one attended, one arriving, one asked for. Chunks:
     512 query rows per KV head against 512 tokens; both matrix products are then large, and the softmax's state is
     touched once per 512 columns.
     """
+    # Two cores that are one device take half of the KV heads each.
+    cores = cores if shape.num_kv_heads % cores == 0 else 1
+    shape = replace(shape, num_heads=shape.num_heads // cores, num_kv_heads=shape.num_kv_heads // cores)
     num_slabs, lanes = lanes_of(shape.head_dim)
     item = jnp.dtype(shape.dtype).itemsize
     page_bytes = num_slabs * shape.num_kv_heads * shape.page_size * lanes * item
@@ -107,6 +113,7 @@ def heuristic(shape: Shape, window: int | None, vmem: int) -> Blocks:
         chunk_small_tile=8,
         chunk_pages=pages(512, 2 * MIB),
         chunk_buffers=3,
+        cores=cores,
         vmem_bytes=vmem * 3 // 4,
     )
 

@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """What is static in the kernel; see `DecodeConfig` for window, cap and row_pages.
+    """What is static in the kernel; see `DecodeConfig` for window, cap, row_pages and cores.
 
     Attributes:
       tile, small_tile: query tokens per tile, and of a tile with so few; powers of two.
@@ -52,6 +52,7 @@ class ChunkConfig:
     window: int | None
     cap: float | None
     row_pages: int
+    cores: int
     vmem_bytes: int
 
 
@@ -69,18 +70,20 @@ def attend_chunks(
     """Softmax attention of rows with any number of query tokens.
 
     Args:
-      q: float32[N, H, L], scaled (by log2 e too); N at least `tile` more than the tokens there are.
+      q: float32[cores, N, H, L], each core's own H heads, scaled (by log2 e too); N at least `tile` more than the
+        tokens there are.
       pages: [P, C, K, S, L].
       query_starts: int32[R + 1]. context_lens: int32[R]. table: int32[R * MP].
       meta: int32[3]: rows [meta[FIRST_ROW], meta[ROWS]) are attended, meta[OFFSET] is added to page ids.
-      sinks: float32[H, 1, 128], base-2 logits, equal lanes; MASKED where there is none.
+      sinks: float32[cores * H, 1, 128], base-2 logits, equal lanes; MASKED where there is none.
       tree: int32[N, W, 128], equal lanes, tree masks as in `RaggedBatch`; or None.
 
     Returns:
-      float32[N, H, L]; tokens of other rows are anything.
+      float32[cores, N, H, L]; tokens of other rows are anything.
     """
     _, num_slabs, num_kv_heads, page_size, lanes = pages.shape
-    num_heads = q.shape[1]
+    num_heads = q.shape[2]
+    num_kv_heads //= config.cores
     stack = config.tile * (num_heads // num_kv_heads)
     state = pltpu.VMEM((num_kv_heads, stack, LANES), jnp.float32)
     work_dtype = jnp.float32 if pages.dtype == jnp.float32 else jnp.bfloat16
@@ -91,8 +94,13 @@ def attend_chunks(
         name="paged_attention_chunks",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(1,),
-            in_specs=[pl.BlockSpec(sinks.shape, lambda *_: (0, 0, 0)), hbm, hbm, *(hbm for _ in words)],
+            grid=(config.cores,),
+            in_specs=[
+                pl.BlockSpec((num_heads, 1, LANES), lambda core, *_: (core, 0, 0)),
+                hbm,
+                hbm,
+                *(hbm for _ in words),
+            ],
             out_specs=hbm,
             scratch_shapes=[
                 pltpu.VMEM(
@@ -120,7 +128,10 @@ def _kernel(meta, starts, contexts, table, sinks, q_hbm, pool, *rest, config: Ch
     out_hbm, pages, queries, outputs, stacked, top, total, acc, seen, semaphores, *tree_words = rest
     softmax = (stacked, top, total, acc, seen, sinks)
     num_rows, tile = meta[ROWS], config.tile
-    copies = BlockCopies(table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0])
+    core = pl.program_id(0)
+    copies = BlockCopies(
+        table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0], core * acc.shape[0]
+    )
     block_tokens = config.block_pages * pool.shape[3]
 
     def length(row):
@@ -164,7 +175,7 @@ def _kernel(meta, starts, contexts, table, sinks, q_hbm, pool, *rest, config: Ch
         """Of the queries, and of their tree masks."""
         slot, tokens = lax.rem(at.count, config.buffers), pl.ds(starts[at.row] + at.offset, size)
         target, semaphore = pl.ds(0, size), semaphores.at[1, slot]
-        found = [pltpu.make_async_copy(q_hbm.at[tokens], queries.at[slot, target], semaphore)]
+        found = [pltpu.make_async_copy(q_hbm.at[core, tokens], queries.at[slot, target], semaphore)]
         if tree_hbm is not None:
             words = tree_words[0].at[slot, target]
             found.append(pltpu.make_async_copy(tree_hbm.at[tokens], words, semaphore))
@@ -172,7 +183,7 @@ def _kernel(meta, starts, contexts, table, sinks, q_hbm, pool, *rest, config: Ch
 
     def output_copy(token, slot, size):
         source = outputs.at[slot, pl.ds(0, size)]
-        return pltpu.make_async_copy(source, out_hbm.at[pl.ds(token, size)], semaphores.at[2, 0])
+        return pltpu.make_async_copy(source, out_hbm.at[core, pl.ds(token, size)], semaphores.at[2, 0])
 
     def for_size(small, body):
         for size, wanted in ((config.small_tile, small), (tile, jnp.logical_not(small))):

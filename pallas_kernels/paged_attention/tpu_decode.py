@@ -31,6 +31,7 @@ class DecodeConfig:
       window: positions that a query sees, or None.
       cap: soft cap in units of the base-2 logits, or None: queries are divided by it.
       row_pages: MP.
+      cores: that share the KV heads: 2 where a device is two cores and the heads divide.
     """
 
     block_pages: int
@@ -39,6 +40,7 @@ class DecodeConfig:
     window: int | None
     cap: float | None
     row_pages: int
+    cores: int
     vmem_bytes: int
 
 
@@ -64,6 +66,7 @@ def decode(
     """
     _, num_slabs, num_kv_heads, page_size, lanes = pages.shape
     group = q.shape[2]
+    num_kv_heads //= config.cores
     buffer = (config.buffers, config.block_pages, num_slabs, num_kv_heads, page_size, lanes)
     per_row = (config.buffers, num_kv_heads, group, lanes)
     state = pltpu.VMEM((num_kv_heads, group, LANES), jnp.float32)
@@ -73,8 +76,12 @@ def decode(
         name="paged_attention_decode",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(1,),
-            in_specs=[pl.BlockSpec(sinks.shape, lambda *_: (0, 0, 0)), hbm, hbm],
+            grid=(config.cores,),
+            in_specs=[
+                pl.BlockSpec((num_kv_heads, group, LANES), lambda core, *_: (core, 0, 0)),
+                hbm,
+                hbm,
+            ],
             out_specs=hbm,
             scratch_shapes=[
                 pltpu.VMEM(buffer, pages.dtype),
@@ -110,7 +117,9 @@ def _kernel(
     config: DecodeConfig,
 ):
     num_rows = meta[ROWS]
-    copies = BlockCopies(table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0])
+    first_head = pl.program_id(0) * acc.shape[0]
+    heads = pl.ds(first_head, acc.shape[0])
+    copies = BlockCopies(table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0], first_head)
     block_tokens = config.block_pages * pool.shape[3]
 
     def low(row):
@@ -128,11 +137,11 @@ def _kernel(
 
     def query_copy(row):
         slot = lax.rem(row, config.buffers)
-        return pltpu.make_async_copy(q_hbm.at[row], queries.at[slot], semaphores.at[1, slot])
+        return pltpu.make_async_copy(q_hbm.at[row, heads], queries.at[slot], semaphores.at[1, slot])
 
     def output_copy(row):
         slot = lax.rem(row, config.buffers)
-        return pltpu.make_async_copy(outputs.at[slot], out_hbm.at[row], semaphores.at[2, slot])
+        return pltpu.make_async_copy(outputs.at[slot], out_hbm.at[row, heads], semaphores.at[2, slot])
 
     def start(row, block, slot):
         @pl.when(row < num_rows)

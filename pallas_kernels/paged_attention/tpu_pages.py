@@ -65,7 +65,8 @@ class BlockCopies:
     Attributes:
       table: int32[R * MP] in SMEM. row_pages: MP.
       offset: int32[], added to every page id.
-      pool: [P, C, K, S, L] in HBM. buffer: [N, BP, C, K, S, L] in VMEM. semaphores: DMA [N].
+      pool: [P, C, K, S, L] in HBM. buffer: [N, BP, C, K', S, L] in VMEM. semaphores: DMA [N].
+      first_head: of the K' KV heads that are copied: where a chip's two cores act as one device, each takes its half.
     """
 
     table: Any
@@ -74,6 +75,7 @@ class BlockCopies:
     pool: Any
     buffer: Any
     semaphores: Any
+    first_head: Any
 
     @property
     def pages(self) -> int:
@@ -89,8 +91,14 @@ class BlockCopies:
     def _copy(self, row: Any, block: Any, index: Any, slot: Any) -> Any:
         page = self.table[row * self.row_pages + block * self.pages + index] + self.offset
         return pltpu.make_async_copy(
-            self.pool.at[page], self.buffer.at[slot, index], self.semaphores.at[slot]
+            self._source(page, self.first_head), self.buffer.at[slot, index], self.semaphores.at[slot]
         )
+
+    def _source(self, pages: Any, first_head: Any) -> Any:
+        num_heads = self.buffer.shape[3]
+        if num_heads == self.pool.shape[2]:
+            return self.pool.at[pages]
+        return self.pool.at[pages, :, pl.ds(first_head, num_heads)]
 
     def start(self, row: Any, block: Any, slot: Any, low: Any, high: Any) -> None:
         first, end = self.span(block, low, high)
@@ -114,7 +122,7 @@ class BlockCopies:
 
         @pl.when(whole)
         def _():  # one wait for as many bytes as all the pages have
-            source = self.pool.at[pl.ds(0, self.pages)]
+            source = self._source(pl.ds(0, self.pages), 0)
             pltpu.make_async_copy(source, self.buffer.at[slot], self.semaphores.at[slot]).wait()
 
         @pl.when(jnp.logical_not(whole))
@@ -122,7 +130,7 @@ class BlockCopies:
             @pl.loop(first, end)
             def _(index):
                 pltpu.make_async_copy(
-                    self.pool.at[0], self.buffer.at[slot, index], self.semaphores.at[slot]
+                    self._source(0, 0), self.buffer.at[slot, index], self.semaphores.at[slot]
                 ).wait()
 
 

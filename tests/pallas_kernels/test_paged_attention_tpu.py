@@ -15,7 +15,7 @@ from tests.support.ragged import Row, Runner, Shape, Step, make_step
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 # Loops of several steps in small shapes: blocks of 2 pages in a ring of 3, tiles of 8 queries and of 4.
-SMALL = tpu_blocks.Blocks(2, 3, 1, 8, 4, 2, 3, 64 * 2**20)
+SMALL = tpu_blocks.Blocks(2, 3, 1, 8, 4, 2, 3, 1, 64 * 2**20)
 run = Runner()
 
 
@@ -141,6 +141,12 @@ def test_a_table_too_large_for_scalar_memory_is_split(fresh, monkeypatch):
     shape = tpu_shape(num_rows=5)
     monkeypatch.setattr(tpu, "TABLE_BYTES", 2 * 4 * shape.pages_per_row)
     compare(make_step(shape, [Row(1, 9), Row(1, 48), Row(1, 17)], [Row(11, 30), Row(9, 9)]))
+
+
+@pytest.mark.parametrize("options", [{"sinks": True}, {"sliding_window": 11}], ids=str)
+def test_two_cores_share_the_heads(fresh, monkeypatch, options):
+    monkeypatch.setattr(tpu_blocks, "choose", lambda shape, window: replace(SMALL, cores=2))
+    compare(make_step(tpu_shape(options=options), [Row(1, 9), Row(1, 33)], [Row(11, 30)]))
 
 
 def test_what_an_earlier_owner_left_does_not_matter():

@@ -111,6 +111,14 @@ def test_blocks_of_llama():
     assert (blocks.decode_pages, blocks.chunk_tile, blocks.chunk_pages) == (32, 128, 16)
 
 
+def test_two_cores_of_a_device_take_half_of_the_heads_each():
+    half = replace(LLAMA, num_heads=16, num_kv_heads=4)
+    assert tpu_blocks.heuristic(LLAMA, None, 64 * MIB, 2) == replace(
+        tpu_blocks.heuristic(half, None, 64 * MIB), cores=2
+    )
+    assert tpu_blocks.heuristic(replace(LLAMA, num_kv_heads=1), None, 64 * MIB, 2).cores == 1
+
+
 def test_a_devices_table_overrides_the_heuristic(tmp_path, monkeypatch):
     monkeypatch.setattr(tpu_blocks, "TABLES", tmp_path)
     monkeypatch.setattr(tpu_blocks, "device_name", lambda: "v6e")
@@ -119,11 +127,11 @@ def test_a_devices_table_overrides_the_heuristic(tmp_path, monkeypatch):
         {"dtype": "bfloat16", "head_dim": 128, "blocks": {"decode_pages": 16, "chunk_tile": 32}},
     ]
     (tmp_path / "v6e.json").write_text(json.dumps(entries))
-    plain = tpu_blocks.heuristic(LLAMA, None, tpu_blocks.vmem_capacity())
+    plain = tpu_blocks.heuristic(LLAMA, None, *tpu_blocks.device())
     assert tpu_blocks.choose(LLAMA, None) == replace(plain, decode_pages=16, chunk_tile=32)
     assert tpu_blocks.choose(replace(LLAMA, num_heads=8), None).decode_pages == 4
     other = replace(LLAMA, dtype="int8")
-    assert tpu_blocks.choose(other, None) == tpu_blocks.heuristic(other, None, tpu_blocks.vmem_capacity())
+    assert tpu_blocks.choose(other, None) == tpu_blocks.heuristic(other, None, *tpu_blocks.device())
 
 
 @pytest.mark.parametrize(
