@@ -116,14 +116,18 @@ def build(case: Case, devices: list[Any]) -> tuple[Callable[..., Any], list[Any]
 
 def lower(case: Case, devices: list[Any]) -> Any:
     """The case's program, lowered for a device that need not be there."""
+    with described(devices):
+        function, arguments = build(case, devices)
+        return function.lower(*arguments)
+
+
+def described(devices: list[Any]) -> Any:
+    """A context in which kernels see what they are made for: the abstract mesh tells the chip and its cores."""
     import jax
     import numpy as np
     from jax.sharding import Mesh
 
-    function, arguments = build(case, devices)
-    # Mosaic GPU reads the number of cores from the abstract mesh.
-    with jax.sharding.use_abstract_mesh(Mesh(np.array(devices[:1]), ("device",)).abstract_mesh):
-        return function.lower(*arguments)
+    return jax.sharding.use_abstract_mesh(Mesh(np.array(devices[:1]), ("device",)).abstract_mesh)
 
 
 def _is_shape(x: Any) -> bool:
@@ -153,7 +157,7 @@ def batch_shapes(case: Case) -> Any:
 
 
 def pool_bytes(case: Case) -> int:
-    """Of the KV pool that a paged case donates."""
+    """Of the KV pool that a paged case donates. Call it where `described` holds."""
     if case.op != "paged_attention" or case.implementation == "jax":
         return 0
     import jax

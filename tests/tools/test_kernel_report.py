@@ -166,16 +166,17 @@ def test_the_table_has_a_cell_for_every_column(root):
 def test_what_ptxas_and_the_disassembler_say(tmp_path):
     (tmp_path / "kernel_0.ptxas").write_text(
         "ptxas info : 16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n"
-        "ptxas info : Used 168 registers, used 4 barriers\n"
+        "ptxas info : Used 168 registers, used 4 barriers, 1 bytes smem\n"
     )
-    (tmp_path / "kernel_0.mlir").write_text("dynamic_shared_memory_size = 229440 : i32")
-    (tmp_path / "kernel_0.sass").write_text(
-        "HGMMA.64x128x16 R4\nUTMALDG.2D [UR4]\nUTMALDG.3D [UR8]\nHGMMAX\n"
-    )
+    with pytest.raises(ValueError, match=r"kernel_0.ptxas has no disassembly"):
+        gpu.read_dump(CASE, tmp_path / "kernel_0.ptxas")
+    (tmp_path / "kernel_0.mlir-passes.log").write_text("gpu.launch dynamic_shared_memory_size %c229440_i32 {")
+    (tmp_path / "kernel_0.sass_ctrl").write_text("HGMMA.64x128x16 R4\nUTMALDG.2D [UR4]\nUTMALDG.3D\nHGMMAX\n")
+    (tmp_path / "kernel_01.sass_ctrl").write_text("HGMMA.64x128x16 R4\n")
     row = gpu.read_dump(CASE, tmp_path / "kernel_0.ptxas")
     assert (row.registers, row.spilled_bytes, row.shared_bytes) == (168, 20, 229440)
     assert (row.hgmma, row.tma_loads, row.tma_stores) == (1, 2, 0)
-    assert "| 168 | 20 | 229,440 | 1 | 2 | 0 |" in gpu.table([row])
+    assert "| kernel | 168 | 20 | 229,440 | 1 | 2 | 0 |" in gpu.table([row])
 
 
 def test_every_case_has_jaxs_beside_it_on_tpu_only():

@@ -10,12 +10,12 @@ from tools.kernel_cases import Case
 from tools.targets import GPUTarget, run_child
 
 HEADER = (
-    "| kernel | registers | spilled bytes | shared memory bytes | HGMMA | UTMALDG | UTMASTG |\n"
-    "|---|---|---|---|---|---|---|"
+    "| case | kernel | registers | spilled bytes | shared memory bytes | HGMMA | UTMALDG | UTMASTG |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_SHARED = re.compile(r"dynamic_shared_memory_size\s*=\s*(\d+)|(\d+) bytes smem")
+_SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")  # in the log of Mosaic's passes
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,18 @@ def read_dump(case: Case, ptxas: Path) -> Row:
         raise ValueError(
             f"{ptxas.name} names no registers: the compiler's format is not the one this was written for"
         )
-    stem = ptxas.with_suffix("")
-    code = "".join(file.read_text() for file in sorted(stem.parent.glob(f"{stem.name}*.sass")))
-    notes = "".join(
-        file.read_text() for file in sorted(stem.parent.glob(f"{stem.name}*")) if file.suffix != ".sass"
-    )
-    shared = [int(a or b) for a, b in _SHARED.findall(notes)]
+    beside = [file for file in sorted(ptxas.parent.glob(f"{ptxas.stem}.*")) if file != ptxas]
+    code = "".join(file.read_text() for file in beside if file.suffix.startswith(".sass"))
+    if not code:
+        raise ValueError(
+            f"{ptxas.name} has no disassembly beside it: install nvidia-cuda-nvdisasm and cuobjdump"
+        )
+    shared = [
+        int(size) for file in beside if file.suffix == ".log" for size in _SHARED.findall(file.read_text())
+    ]
     return Row(
         case=case,
-        kernel=stem.name,
+        kernel=ptxas.stem.rsplit("_", 1)[0],
         registers=max(registers),
         spilled_bytes=sum(spills),
         shared_bytes=max(shared, default=None),
@@ -75,7 +78,8 @@ def table(rows: list[Row]) -> str:
 def _line(row: Row) -> str:
     shared = "" if row.shared_bytes is None else f"{row.shared_bytes:,}"
     cells = [
-        f"{row.case.name}",
+        row.case.name,
+        row.kernel,
         str(row.registers),
         str(row.spilled_bytes),
         shared,
