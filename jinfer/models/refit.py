@@ -12,12 +12,16 @@ from jinfer.errors import ModelError
 def refit_kv_heads(
     path: str, saved: tuple[int, ...], wanted: tuple[int, ...]
 ) -> Callable[[np.ndarray], np.ndarray] | None:
-    """For one layer's fused qkv [K, G + 2, D, ...]: the same heads in groups of another number K of KV heads.
+    """For one layer's fused qkv [K, G + 2, D, ...] or norm of all keys [K, D]: the same heads, another number K.
 
-    K exceeds the model's own number where there are more devices than KV heads: each is then there once per
-    device. Returns None for any other parameter, and for shapes that do not hold the same query heads.
+    K exceeds the model's own number of KV heads where there are more devices than those: each is then there once per
+    device. Returns None for any other parameter, and for shapes that do not hold the same heads.
     """
-    if not path.rpartition(".")[0].endswith("attention.qkv") or len(saved) != len(wanted) or len(saved) < 3:
+    block = path.rpartition(".")[0]
+    if block.endswith("attention.k_norm") and len(saved) == len(wanted) == 2 and saved[1] == wanted[1]:
+        fits = max(saved[0], wanted[0]) % min(saved[0], wanted[0]) == 0
+        return (lambda norms: _regroup(path, norms, wanted[0])) if fits else None
+    if not block.endswith("attention.qkv") or len(saved) != len(wanted) or len(saved) < 3:
         return None
     (old, old_slots, *rest), (new, new_slots, *wanted_rest) = saved, wanted
     same_heads = rest == wanted_rest and old * (old_slots - 2) == new * (new_slots - 2) > 0
@@ -27,13 +31,18 @@ def refit_kv_heads(
     def refit(fused: np.ndarray) -> np.ndarray:
         result = np.empty(wanted, fused.dtype)
         result[:, :-2] = fused[:, :-2].reshape(new, new_slots - 2, *rest)
-        if new > old:
-            result[:, -2:] = np.repeat(fused[:, -2:], new // old, axis=0)
-            return result
-        copies = fused[:, -2:].reshape(new, old // new, 2, *rest)
-        if not (copies == copies[:, :1]).all():
-            raise ModelError(f"{path} holds {old} different KV heads, and config.json asks for fewer: {new}")
-        result[:, -2:] = copies[:, 0]
+        result[:, -2:] = _regroup(path, fused[:, -2:], new)
         return result
 
     return refit
+
+
+def _regroup(path: str, heads: np.ndarray, new: int) -> np.ndarray:
+    """[K, ...] as [new, ...]: each KV head several times, or the copies of each as one."""
+    old, *rest = heads.shape
+    if new > old:
+        return np.repeat(heads, new // old, axis=0)
+    copies = heads.reshape(new, old // new, *rest)
+    if not (copies == copies[:, :1]).all():
+        raise ModelError(f"{path} holds {old} different KV heads, and config.json asks for fewer: {new}")
+    return copies[:, 0]

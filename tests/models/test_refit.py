@@ -32,9 +32,22 @@ def test_regroups_as_if_made_so(before, after, part, rest):
     np.testing.assert_array_equal(refit(saved), wanted)
 
 
+@pytest.mark.parametrize("after", [2, 4, 8])
+@pytest.mark.parametrize("before", [2, 4, 8])
+def test_norms_of_all_keys_follow_their_heads(before, after):
+    norms = np.arange(KV_HEADS * HEAD_DIM, dtype=np.float32).reshape(KV_HEADS, HEAD_DIM)
+    saved, wanted = (np.repeat(norms, count // KV_HEADS, axis=0) for count in (before, after))
+    refit = refit_kv_heads("stack.layers.0.attention.k_norm.weight", saved.shape, wanted.shape)
+    assert refit is not None
+    np.testing.assert_array_equal(refit(saved), wanted)
+
+
 @pytest.mark.parametrize(
     ("path", "saved", "wanted"),
     [
+        ("stack.layers.0.attention.k_norm.weight", (2, 6), (4, 8)),
+        ("stack.layers.0.attention.k_norm.weight", (2, 6), (3, 6)),
+        ("stack.layers.0.attention.k_norm.weight", (6,), (8,)),
         ("stack.layers.0.mlp.up.weight", (2, 6, 4, 6), (4, 4, 4, 6)),
         (PATH + "weight", (2, 6, 4, 6), (4, 4, 4, 7)),
         (PATH + "weight", (2, 6, 4, 6), (4, 4, 8, 6)),
