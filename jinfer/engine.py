@@ -337,13 +337,16 @@ class Engine:
 
     def _commit(self, handle: StepHandle, tokens: list[int], deltas: list[OutputDelta]) -> None:
         rows = handle.batch.rows
-        if any(row.request.params.prompt_logprobs is not None and not row.from_slot for row in rows):
-            self._keep_prompt_logprobs(handle)
-        if any(row.request.pooling is not None for row in rows):
-            self._keep_pooled(handle)
-        wants = any(row.request.params.logprobs is not None for row in rows)
-        table = handle.logprobs() if wants else None
-        index_of = {id(row): i for i, row in enumerate(rows)} if wants else {}
+        table, index_of = None, {}
+        asking = [row for row in rows if row.request.wants_more]
+        if asking:
+            if any(row.request.params.prompt_logprobs is not None and not row.from_slot for row in asking):
+                self._keep_prompt_logprobs(handle)
+            if any(row.request.pooling is not None for row in asking):
+                self._keep_pooled(handle)
+            if any(row.request.params.logprobs is not None for row in asking):
+                table = handle.logprobs()
+                index_of = {id(row): i for i, row in enumerate(rows)}
         appended = self.scheduler.commit(handle.batch, tokens)
         self._counters.generation_tokens += len(appended)
         for row, token in appended:
@@ -366,9 +369,8 @@ class Engine:
                 self._count_end(request)
                 del self._streams[request]
             logprobs = None
-            count = request.params.logprobs
-            if count is not None and table is not None:
-                logprobs = [token_logprobs(table, index_of[id(row)], token, count)]
+            if table is not None and request.params.logprobs is not None:
+                logprobs = [token_logprobs(table, index_of[id(row)], token, request.params.logprobs)]
             deltas.append(stream.delta([token], text, logprobs))
 
     def _text_of(self, stream: OutputStream, token: int) -> str:

@@ -10,7 +10,7 @@ from jinfer.request import FinishReason, OutputDelta, Request, TokenLogprobs
 from jinfer.text import IncrementalDetokenizer, Tokenizer
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class OutputStream:
     """What one running sequence has yet to tell its caller."""
 

@@ -50,7 +50,7 @@ class RequestTimings:
     finished: float | None = None
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class Request:
     """One sequence being generated (a request with n > 1 becomes n of these).
 
@@ -84,6 +84,12 @@ class Request:
     scheduled_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
+    wants_more: bool = field(init=False)  # something beside tokens and their text is to be read back
+
+    def __post_init__(self) -> None:
+        params = self.params
+        asks = params.logprobs is not None or params.prompt_logprobs is not None
+        self.wants_more = asks or self.pooling is not None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -116,7 +122,7 @@ class Request:
         return RequestTimings(self.arrival_time, self.scheduled_time, self.first_token_time, self.finish_time)
 
 
-@dataclass
+@dataclass(slots=True)
 class OutputDelta:
     """What one engine step added to one choice of a request. The last delta carries `finish_reason`."""
 

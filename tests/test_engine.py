@@ -207,12 +207,18 @@ def test_a_fault_in_one_requests_text_ends_that_request_alone(engine, monkeypatc
     stream = next(s for r, s in engine._streams.items() if r.request_id == "bad")
     pushed = iter(range(100))
 
-    def push(token: int, may_stop: bool) -> str:
-        if next(pushed) == 3:
-            raise KeyError(token)
-        return ""
+    class Faulty:
+        stopped_by = None
 
-    monkeypatch.setattr(stream.detokenizer, "push", push)
+        def push(self, token: int, may_stop: bool) -> str:
+            if next(pushed) == 3:
+                raise KeyError(token)
+            return ""
+
+        def flush(self, may_stop: bool) -> str:
+            return ""
+
+    monkeypatch.setattr(stream, "detokenizer", Faulty())
     outputs = collect(engine.drain())
     check_idle(engine)
     assert outputs["good", 0].token_ids == hf_greedy(engine.folder, PROMPT, 12)[0]

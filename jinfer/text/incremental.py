@@ -71,6 +71,8 @@ class IncrementalDetokenizer:
       decoded_length: characters decoded so far, held ones included: the text offset of the next token.
     """
 
+    __slots__ = ("_finder", "_includes_stop", "_parts", "_stream", "decoded_length", "stopped_by")
+
     def __init__(
         self,
         tokenizer: Tokenizer,

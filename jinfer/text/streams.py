@@ -55,9 +55,18 @@ class ByteLevelStream:
             if token_id not in skipped:
                 tail = self._piece(token_id) + tail
         self._utf8.decode(tail[-_UNFINISHED:])
+        self._is_waiting = bool(self._utf8.getstate()[0])
 
     def feed(self, token_id: int) -> str:
-        return "" if token_id in self._skipped else self._utf8.decode(self._piece(token_id))
+        if token_id in self._skipped:
+            return ""
+        piece = self._piece(token_id)
+        # Most pieces are plain ASCII between whole characters: for those the decoder, which is slow, need not run.
+        if piece.isascii() and not self._is_waiting:
+            return piece.decode("ascii")
+        text = self._utf8.decode(piece)
+        self._is_waiting = bool(self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
