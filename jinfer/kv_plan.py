@@ -106,7 +106,13 @@ def pool_shape(spec: ModelSpec, kind: KVKind, num_pages: int, page_size: int, im
     """The shape of a pool of `num_pages` pages, all layers counted."""
     heads = replicated_kv_heads(kind.num_kv_heads, spec.build.tensor_parallel)
     return pa.kv_shape(
-        num_pages, page_size, heads, kind.head_dim, spec.build.dtype, implementation=implementation
+        num_pages,
+        page_size,
+        heads,
+        kind.head_dim,
+        spec.build.dtype,
+        shared_values=kind.shared_values,
+        implementation=implementation,
     )
 
 

@@ -31,11 +31,13 @@ class KVKind(NamedTuple):
     """What one layer keeps per token. Layers of equal kind may share a pool of pages.
 
     window: tokens that a query can see, its own included; None: all of them.
+    shared_values: its keys are its values too, and are kept once.
     """
 
     num_kv_heads: int
     head_dim: int
     window: int | None
+    shared_values: bool = False
 
 
 class Attend(Protocol):

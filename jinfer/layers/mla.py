@@ -6,7 +6,7 @@ itself with the rotated part of the key behind it:
 
     query   [ q_nope W_key | rotated q_rope ]       H heads of L + rope numbers
     key     [ latent       | rotated k_rope ]       1 head
-    value   [ latent       | (not used)     ]       the key again: attention's contract has values of the key's size
+    value   [ latent       | (not used)     ]       the key again, which is kept once
 
 Dimension letters: L latent; the rest as elsewhere.
 """
@@ -49,7 +49,7 @@ class MLASpec:
 
     @property
     def kv_kind(self) -> KVKind:
-        return KVKind(1, self.latent + self.rotary.dim, None)
+        return KVKind(1, self.latent + self.rotary.dim, None, shared_values=True)
 
     def make(self, build: Build, embed: int) -> LatentAttention:
         """The module: (x [T, E], rotary tables, attend, cache, layer) -> ([T, E], cache)."""

@@ -95,6 +95,7 @@ def kv_shape(
     head_dim: int,
     dtype: Any,
     *,
+    shared_values: bool = False,
     implementation: str = AUTO,
 ) -> Any:
     """The pool's shape and dtype: a `jax.ShapeDtypeStruct`, or a pytree of them.
@@ -103,6 +104,8 @@ def kv_shape(
       num_pages: pages of all layers together: num_layers * pages_per_layer. Page 0 of each layer is its null page.
       page_size: tokens per page, 8 to 128.
       dtype: of the kept keys and values: float32, bfloat16, int8 or float8_e4m3fn.
+      shared_values: keys are the values too, and are kept once: half the bytes. `write_kv` is then given v = k. For
+        latent attention, where a token's latent is both.
 
     Raises:
       ValueError: an argument is outside the contract, or the named implementation cannot serve it.
@@ -115,7 +118,7 @@ def kv_shape(
             f"page_size is {page_size!r}: it must be an integer from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}"
         )
     _check_dtype("dtype", dtype, (*FLOATS, *QUANTIZED))
-    spec = KVSpec(num_pages, page_size, num_kv_heads, head_dim, jnp.dtype(dtype))
+    spec = KVSpec(num_pages, page_size, num_kv_heads, head_dim, jnp.dtype(dtype), shared_values)
     return _choose(implementation, spec)[1].kv_shape(spec)
 
 
@@ -322,7 +325,13 @@ def _stored(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Arra
 
 
 def _choose(implementation: str, spec: KVSpec) -> tuple[str, Implementation]:
-    return REGISTRY.choose(implementation, lambda member: member.why_not(spec))
+    return REGISTRY.choose(implementation, lambda member: _why_not(member, spec))
+
+
+def _why_not(member: Implementation, spec: KVSpec) -> str | None:
+    if spec.shared_values and not getattr(member, "SHARES_VALUES", False):
+        return "it keeps keys and values apart"
+    return member.why_not(spec)
 
 
 def _of_pool(kv: Any, implementation: str) -> tuple[str, Implementation, KVSpec]:
@@ -330,7 +339,9 @@ def _of_pool(kv: Any, implementation: str) -> tuple[str, Implementation, KVSpec]
 
     def why_not(member: Implementation) -> str | None:
         spec = member.kv_spec(kv)
-        return "kv does not have its layout (make it from kv_shape)" if spec is None else member.why_not(spec)
+        return (
+            "kv does not have its layout (make it from kv_shape)" if spec is None else _why_not(member, spec)
+        )
 
     name, chosen = REGISTRY.choose(implementation, why_not)
     spec = chosen.kv_spec(kv)

@@ -94,10 +94,11 @@ def tree_allows(words: list[jax.Array], key: jax.Array, query: jax.Array) -> jax
 
 @dataclass(frozen=True)
 class KVSpec:
-    """What a KV pool holds, whatever its layout."""
+    """What a KV pool holds, whatever its layout. shared_values: one array is a token's key and its value."""
 
     num_pages: int
     page_size: int
     num_kv_heads: int
     head_dim: int
     dtype: jnp.dtype
+    shared_values: bool = False

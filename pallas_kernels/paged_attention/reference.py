@@ -14,6 +14,9 @@ from pallas_kernels.paged_attention.xla import kv_partition_spec, kv_shape, kv_s
 __all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
 
 
+SHARES_VALUES = True
+
+
 def why_not(spec: KVSpec) -> str | None:
     return None
 
@@ -24,7 +27,8 @@ def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> RaggedBatch:
 
 def write_kv(kv, k, v, batch: RaggedBatch, *, page_offset):
     page, slot = batch.token_slots(k.shape[0], kv.shape[3])
-    return kv.at[page + page_offset, :, :, slot].set(jnp.stack([k, v], axis=1).astype(kv.dtype))
+    kept = jnp.stack([k, v][: kv.shape[1]], axis=1)
+    return kv.at[page + page_offset, :, :, slot].set(kept.astype(kv.dtype))
 
 
 def attend(
@@ -42,7 +46,8 @@ def attend(
         query, row, position, words = token
         pages = kv[batch.page_table[row] + page_offset].astype(jnp.float32)
         keys, values = (
-            pages[:, i].swapaxes(1, 2).reshape(-1, num_kv_heads, head_dim) * scales[i][:, None]
+            pages[:, min(i, kv.shape[1] - 1)].swapaxes(1, 2).reshape(-1, num_kv_heads, head_dim)
+            * scales[i][:, None]
             for i in (0, 1)
         )
         keys, values = (jnp.repeat(x, num_heads // num_kv_heads, axis=1) for x in (keys, values))

@@ -70,12 +70,15 @@ def _power_of_two(value: int) -> int:
     return 1 << max(value.bit_length() - 1, 0)
 
 
+SHARES_VALUES = True  # a pool [P, 1, K, S, D] keeps one array per token, its key and its value
+
+
 def why_not(spec: KVSpec) -> str | None:
     return None
 
 
 def kv_shape(spec: KVSpec) -> jax.ShapeDtypeStruct:
-    shape = (spec.num_pages, 2, spec.num_kv_heads, spec.page_size, spec.head_dim)
+    shape = (spec.num_pages, 1 if spec.shared_values else 2, spec.num_kv_heads, spec.page_size, spec.head_dim)
     return jax.ShapeDtypeStruct(shape, spec.dtype)
 
 
@@ -84,10 +87,10 @@ def kv_partition_spec(tensor_axis: str | None) -> PartitionSpec:
 
 
 def kv_spec(kv) -> KVSpec | None:
-    if getattr(kv, "ndim", None) != 5 or kv.shape[1] != 2:
+    if getattr(kv, "ndim", None) != 5 or kv.shape[1] not in (1, 2):
         return None
-    pages, _, heads, page_size, head_dim = kv.shape
-    return KVSpec(pages, page_size, heads, head_dim, kv.dtype)
+    pages, halves, heads, page_size, head_dim = kv.shape
+    return KVSpec(pages, page_size, heads, head_dim, kv.dtype, halves == 1)
 
 
 def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> Plan:
@@ -102,12 +105,12 @@ def write_kv(kv, k, v, plan: Plan, *, page_offset):
     zero when the row starts the page. Masked keys get weight 0, and 0 times a NaN that an earlier owner left there
     would still be NaN.
     """
-    page_size = kv.shape[3]
+    page_size, kept = kv.shape[3], (k, v)[: kv.shape[1]]
     offset = _opaque(page_offset, plan)
     first_slot = jnp.arange(page_size)[:, None] == 0
 
     def token_of(row):
-        new = jnp.stack([lax.dynamic_index_in_dim(x, row, keepdims=False) for x in (k, v)])
+        new = jnp.stack([lax.dynamic_index_in_dim(x, row, keepdims=False) for x in kept])
         return new[None, :, :, None]
 
     def start_page(index, kv):
@@ -130,7 +133,7 @@ def write_kv(kv, k, v, plan: Plan, *, page_offset):
     def one_page(item, kv):
         token = plan.write_starts[item] + jnp.arange(page_size, dtype=jnp.int32)
         new = jnp.stack(
-            [x.at[jnp.clip(token, 0, x.shape[0] - 1)].get(mode="promise_in_bounds") for x in (k, v)]
+            [x.at[jnp.clip(token, 0, x.shape[0] - 1)].get(mode="promise_in_bounds") for x in kept]
         )
         at = (plan.write_pages[item] + offset, 0, 0, 0, 0)
         old = lax.dynamic_slice(kv, at, (1, *kv.shape[1:]))
@@ -283,14 +286,15 @@ def _attend_blocks(
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
 
     def fetch(ids, half):
-        rows = ((ids[:, None] + offset) * 2 + half) * num_kv_heads + heads
+        rows = ((ids[:, None] + offset) * kv.shape[1] + half) * num_kv_heads + heads
         found = flat.at[rows].get(mode="promise_in_bounds").astype(jnp.float32)
         return _fence(found, plan, blocks).reshape(num_rows, num_kv_heads, block, head_dim)
 
     def step(index, carry):
         top, total, acc = carry
         ids = lax.dynamic_slice_in_dim(table, index * pages, pages, 1)
-        logits = jnp.einsum("nkmd,nksd->nkms", q, fetch(ids, 0), precision="highest")
+        keys = fetch(ids, 0)
+        logits = jnp.einsum("nkmd,nksd->nkms", q, keys, precision="highest")
         if soft_cap is not None:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         distance = position[:, :, None] - (index * block + jnp.arange(block, dtype=jnp.int32))
@@ -308,7 +312,8 @@ def _attend_blocks(
         weights = jnp.where(visible, jnp.exp(logits - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=-1)
-        values = jnp.einsum("nkms,nksd->nkmd", weights, fetch(ids, 1), precision="highest")
+        values = keys if kv.shape[1] == 1 else fetch(ids, 1)
+        values = jnp.einsum("nkms,nksd->nkmd", weights, values, precision="highest")
         return new_top, total, acc * shrink[..., None] + values
 
     shape = (num_rows, num_kv_heads, num_queries)
