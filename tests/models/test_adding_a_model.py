@@ -4,6 +4,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tools.verify_model.compare import Settings, verify_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "adding-a-model.md"
 SETTINGS = Settings(prompt_lengths=(20,), new_tokens=6)
-IDS = {"bos_token_id": 1, "eos_token_id": 2}
+IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.fixture
