@@ -108,6 +108,13 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
+def row_iota(rows: int) -> jax.Array:
+    """int32[rows], counting, laid out beside an accumulator's rows."""
+    if interpreting():
+        return lax.iota(jnp.int32, rows)
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
 def along_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
@@ -152,11 +159,16 @@ def clear_outside(values: Any, low: jax.Array, high: jax.Array) -> None:
 
     A slot where no token was written may hold anything, NaN too, and weight 0 times NaN is NaN.
     """
-    shape = values.shape
-    row = iota(shape, 0)
-    kept = jnp.where((row >= low) & (row < high), values[...], jnp.zeros(shape, values.dtype))
-    plgpu.commit_smem()  # every thread has read before any writes
-    values[...] = kept
+    rows, columns = values.shape
+    width = (
+        64 if columns > 128 else columns
+    )  # at once: more would not fit the registers beside a wide accumulator
+    for column in range(0, columns, width):
+        part = values.at[:, pl.ds(column, width)]
+        row = iota((rows, width), 0)
+        kept = jnp.where((row >= low) & (row < high), part[...], jnp.zeros((rows, width), values.dtype))
+        plgpu.commit_smem()  # every thread has read before any writes
+        part[...] = kept
     plgpu.commit_smem()
 
 

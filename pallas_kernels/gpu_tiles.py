@@ -35,6 +35,7 @@ from pallas_kernels.gpu_parts import (
     matrix,
     num_blocks_at_once,
     product_transposed,
+    row_iota,
     softmax_step,
 )
 
@@ -59,13 +60,13 @@ class TileConfig:
     stages: int
     num_blocks: int
     alternate: bool = True
-    consumer_registers: int = 232
-    producer_registers: int = 40
+    consumer_registers: int = 240
+    producer_registers: int = 24
 
 
-def tile_config(head_dim: int, page_size: int = 1) -> TileConfig:
+def tile_config(head_dim: int) -> TileConfig:
     """Blocks of 128 keys where an accumulator of that width fits beside the result's, two stages of both."""
-    kv_tokens = 128 if head_dim <= 128 else max(64, page_size)
+    kv_tokens = 128 if head_dim <= 128 else 64
     return TileConfig(kv_tokens, 2, num_blocks_at_once())
 
 
@@ -128,8 +129,10 @@ class Tile:
         return fields[jnp.argsort(self.low - self.high)]
 
 
-# (sequence row, KV block, group, 0 for keys or 1 for values, prefix of other operands) -> what to copy, in order
+# fetch(row, KV block, group, half, first, *operands): where the keys (half 0) or values (half 1) of a block come from,
+# as matrices of equal size in order, from the first-th on and at most FETCHED of them.
 Fetch = Callable[..., list[Any]]
+FETCHED = 4  # the producer has few registers: the places of more copies at once would spill
 
 
 def run_tiles(
@@ -256,7 +259,7 @@ def _body(*refs, shape: TileShape, fetch: Fetch, num_operands: int, **scratch):
 
 
 def _each_unit(refs: _Refs, shape: TileShape, function: Callable[..., Any]) -> tuple[jax.Array, Any]:
-    """Calls function(tile, group, first block, last + 1 block, blocks so far) for each of this block's work units.
+    """Calls function(index, item, tile, group, first KV block, last + 1, KV blocks so far) for each work unit.
 
     Units go around: forwards in even rounds, backwards in odd ones, so that a block that had a longer tile gets a
     shorter one next. Returns the number of units and of KV blocks.
@@ -274,19 +277,23 @@ def _each_unit(refs: _Refs, shape: TileShape, function: Callable[..., Any]) -> t
         odd = lax.rem(index, jnp.int32(2)) == 1
         work = index * blocks + jnp.where(odd, config.num_blocks - 1 - mine, mine)
         item, group = lax.div(work, jnp.int32(shape.groups)), lax.rem(work, jnp.int32(shape.groups))
-        tile = Tile(*(refs.tiles[item, i] for i in range(len(Tile.__dataclass_fields__))))
+        tile = _read_tile(refs, item)
         first = lax.div(tile.low, jnp.int32(size))
         stop = lax.div(tile.high + size - 1, jnp.int32(size))
-        function(index, tile, group, first, stop, done)
+        function(index, item, tile, group, first, stop, done)
         return done + stop - first
 
     return count, lax.fori_loop(0, count, one, jnp.int32(0))
 
 
-def _produce(refs: _Refs, fetch: Fetch, shape: TileShape):
-    stages = shape.config.stages
+def _read_tile(refs: _Refs, item) -> Tile:
+    return Tile(*(refs.tiles[item, field] for field in range(len(Tile.__dataclass_fields__))))
 
-    def one_tile(index, tile, group, first, stop, done):
+
+def _produce(refs: _Refs, fetch: Fetch, shape: TileShape):
+    stages, tokens = shape.config.stages, shape.config.kv_tokens // shape.copies
+
+    def one_tile(index, item, tile, group, first, stop, done):
         for consumer in range(CONSUMERS):
             pl.when(index >= 1)(partial(plgpu.barrier_wait, refs.q_free.at[consumer]))
             rows = pl.ds((tile.token + consumer * shape.tokens) * shape.heads, ROWS)
@@ -299,16 +306,16 @@ def _produce(refs: _Refs, fetch: Fetch, shape: TileShape):
 
         def one_block(block, done):
             stage = lax.rem(done, jnp.int32(stages))
-            sources = fetch(tile.row, block, group, *refs.operands)
-            for memory, full, free, copies in (
-                (refs.k_smem, refs.k_full, refs.k_free, sources[0]),
-                (refs.v_smem, refs.v_full, refs.v_free, sources[1]),
+            for half, memory, full, free in (
+                (0, refs.k_smem, refs.k_full, refs.k_free),
+                (1, refs.v_smem, refs.v_full, refs.v_free),
             ):
                 pl.when(done >= stages)(partial(plgpu.barrier_wait, free.at[stage]))
-                tokens = shape.config.kv_tokens // len(copies)
-                for i, source in enumerate(copies):
-                    target = memory.at[stage, pl.ds(i * tokens, tokens)]
-                    plgpu.copy_gmem_to_smem(source, target, full.at[stage])
+                for first in range(0, shape.copies, FETCHED):
+                    sources = fetch(tile.row, block, group, half, first, *refs.operands)
+                    for i, source in enumerate(sources, first):
+                        target = memory.at[stage, pl.ds(i * tokens, tokens)]
+                        plgpu.copy_gmem_to_smem(source, target, full.at[stage])
             return done + 1
 
         lax.fori_loop(first, stop, one_block, done)
@@ -328,30 +335,27 @@ def _consume(refs: _Refs, me, shape: TileShape):
         plgpu.barrier_arrive(refs.turns)
         plgpu.barrier_wait(refs.turns)
 
-    def one_tile(index, tile, group, first, stop, done):
+    def one_tile(index, item, tile, group, first, stop, done):
         plgpu.barrier_wait(refs.q_full.at[me])
         carry = (
             in_rows(jnp.full((ROWS,), NEGATIVE, jnp.float32)),
             in_rows(jnp.zeros((ROWS,), jnp.float32)),
             in_accumulator(jnp.zeros((ROWS, shape.head_dim), jnp.float32)),
         )
-        step = partial(_one_block, refs, me, tile, group, first, done, meet, shape)
+        whole = _seen_whole(tile, me, first, stop, shape)
+        step = partial(_one_block, refs, me, tile, group, first, done, whole, meet, shape)
         if shape.config.alternate:
             pl.when(me == 1)(meet)
-        begin, end = _unmasked(tile, me, first, stop, shape)
-        if shape.window is not None:
-            carry = lax.fori_loop(first, begin, partial(step, masked=True), carry)
-        carry = lax.fori_loop(begin, end, partial(step, masked=False), carry)
-        carry = lax.fori_loop(end, stop, partial(step, masked=True), carry)
+        carry = lax.fori_loop(first, stop, step, carry)
         if shape.config.alternate:
             pl.when(me == 0)(meet)
-        _finish(refs, me, tile, group, carry, shape)
+        _finish(refs, me, item, group, carry, shape)
 
     _each_unit(refs, shape, one_tile)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _unmasked(tile: Tile, me, first, stop, shape: TileShape):
+def _seen_whole(tile: Tile, me, first, stop, shape: TileShape):
     """The KV blocks [begin, end) that every query of this consumer sees whole."""
     size = shape.config.kv_tokens
     nearest = tile.position + me * shape.tokens
@@ -368,9 +372,7 @@ def _unmasked(tile: Tile, me, first, stop, shape: TileShape):
     return begin, jnp.clip(lax.div(seen, jnp.int32(size)), begin, stop)
 
 
-def _one_block(
-    refs: _Refs, me, tile: Tile, group, first, done, meet, shape: TileShape, block, carry, *, masked: bool
-):
+def _one_block(refs: _Refs, me, tile: Tile, group, first, done, whole, meet, shape: TileShape, block, carry):
     config = shape.config
     size = config.kv_tokens
     top, total, sums = carry
@@ -379,15 +381,20 @@ def _one_block(
     logits = product_transposed(refs.q_smem.at[me], refs.k_smem.at[stage], meet if config.alternate else None)
     plgpu.barrier_arrive(refs.k_free.at[stage])
     logits = capped(logits, refs.scale[group], shape.soft_cap)
-    if masked:
-        logits = jnp.where(_visible(refs, me, tile, block * size, shape), logits, NEGATIVE)
+    edge = (block < whole[0]) | (block >= whole[1])
+
+    def mask(logits):
+        return jnp.where(_visible(refs, me, tile, block * size, shape), logits, NEGATIVE)
+
+    logits = lax.cond(edge, mask, lambda logits: logits, logits)
     weights, top, total, shrink = softmax_step(logits, top, total)
     sums = sums * along_rows(shrink, sums.shape)
+    # Everything of float32 but the sums is dead before the product starts: else it is kept beside it and spills.
+    weights, top, total, sums = lax.optimization_barrier((weights, top, total, sums))
     if config.alternate:
         meet()
     plgpu.barrier_wait(refs.v_full.at[stage])
-    if masked:
-        _clean_values(refs, me, stage, tile, block * size)
+    _clean_values(refs, me, stage, tile, block * size)
     sums = accumulate(sums, weights, refs.v_smem.at[stage])
     plgpu.barrier_arrive(refs.v_free.at[stage])
     return top, total, sums
@@ -408,36 +415,36 @@ def _clean_values(refs: _Refs, me, stage, tile: Tile, start):
 
 
 def _visible(refs: _Refs, me, tile: Tile, start, shape: TileShape):
+    """bool[ROWS, kv_tokens]. The limits are made per row, so that an element costs two comparisons at most."""
     area = (ROWS, shape.config.kv_tokens)
-    query = lax.div(iota(area, 0), jnp.int32(shape.heads)) + (tile.position + me * shape.tokens)
+    query = lax.div(row_iota(ROWS), jnp.int32(shape.heads)) + (tile.position + me * shape.tokens)
+    ahead = 0 if shape.causal else None if shape.window is None else shape.window - 1
+    last = in_rows(jnp.broadcast_to(tile.high - 1, (ROWS,)))
+    if ahead is not None:
+        last = jnp.minimum(last, query + ahead)
     key = iota(area, 1) + start
-    visible = (key < tile.high) & (key >= tile.low)
-    distance = query - key
-    if shape.causal:
-        visible &= distance >= 0
+    visible = key <= along_rows(last, area)
     if shape.window is not None:
-        visible &= distance < shape.window
-        if not shape.causal:
-            visible &= distance > -shape.window
+        visible &= key >= along_rows(jnp.maximum(query - (shape.window - 1), tile.low), area)
     if shape.tree_words:
-        visible &= _tree_allows(refs, me, key - tile.new, distance, area, shape)
+        itself = key == along_rows(query, area)
+        visible &= itself | _tree_allows(refs, me, key - tile.new, area, shape)
     return visible
 
 
-def _tree_allows(refs: _Refs, me, place, distance, area, shape: TileShape):
-    """`batch.tree_allows`, with each query's words beside its row."""
+def _tree_allows(refs: _Refs, me, place, area, shape: TileShape):
+    """`batch.tree_allows` but for the query itself, with each query's words beside its row."""
     bits = 32 * shape.tree_words
-    outside = (place < 0) | (place >= bits) | (distance == 0)
     bit = jnp.clip(place, 0, bits - 1)
     seen = jnp.zeros(area, jnp.int32)
     for index in range(shape.tree_words):
         word = along_rows(load_rows(refs.tree_smem.at[me, index]), area)
         here = lax.shift_right_logical(word, bit & 31) & 1
         seen = jnp.where((bit >= 32 * index) & (bit < 32 * (index + 1)), here, seen)
-    return outside | (seen == 1)
+    return (place < 0) | (place >= bits) | (seen == 1)
 
 
-def _finish(refs: _Refs, me, tile: Tile, group, carry, shape: TileShape):
+def _finish(refs: _Refs, me, item, group, carry, shape: TileShape):
     """Divides by the sums and copies the live tokens' rows out, by powers of two where the tile is not full."""
     top, total, sums = carry
     if shape.has_sinks:
@@ -450,6 +457,7 @@ def _finish(refs: _Refs, me, tile: Tile, group, carry, shape: TileShape):
     plgpu.barrier_arrive(refs.q_free.at[me])
     total = jnp.where(total == 0.0, 1.0, total)
     sums = sums * along_rows(1.0 / total, sums.shape)
+    tile = _read_tile(refs, item)  # again: two loads cost less than registers that are held through the loop
     live = jnp.clip(tile.count - me * shape.tokens, 0, shape.tokens)
     start = (tile.token + me * shape.tokens) * shape.heads
     stage = refs.out_smem.at[me]

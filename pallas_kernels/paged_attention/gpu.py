@@ -24,11 +24,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu_parts import why_not_here
-from pallas_kernels.gpu_tiles import CONSUMERS, TileShape, run_tiles
+from pallas_kernels.gpu_tiles import CONSUMERS, FETCHED, TileShape, run_tiles
 from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
 from pallas_kernels.paged_attention.gpu_config import decode_config, prompt_config
 from pallas_kernels.paged_attention.gpu_decode import DecodeShape, attend_decode
-from pallas_kernels.paged_attention.gpu_plan import Pieces, cut_decodes, cut_prompts
+from pallas_kernels.paged_attention.gpu_plan import (
+    Pieces,
+    copies_of,
+    cut_decodes,
+    cut_prompts,
+    places_of,
+    whole_blocks,
+)
 from pallas_kernels.paged_attention.xla import kv_partition_spec, kv_shape, kv_spec
 
 __all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
@@ -116,9 +123,7 @@ def attend(
     qk_scale = jnp.full((spec.num_kv_heads,), scale, jnp.float32)
     output = attend_decode(packed[:num_rows], kv, pieces, page_offset, qk_scale, sinks, shape)
     if not plan.batch.decode_only:
-        prompts = _attend_prompts(
-            packed, kv, pieces, plan.batch, page_offset, qk_scale, sinks, shape, sliding_window
-        )
+        prompts = _attend_prompts(packed, kv, plan.batch, page_offset, qk_scale, sinks, shape, sliding_window)
         output = jnp.pad(output, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
         token = jnp.arange(num_tokens)[:, None, None]
         prompts = jnp.where(token < plan.batch.num_tokens, prompts, 0)
@@ -127,16 +132,14 @@ def attend(
     return output[:, :, : num_heads // spec.num_kv_heads].reshape(q.shape).astype(q.dtype)
 
 
-def _attend_prompts(
-    q, kv, pieces: Pieces, batch: RaggedBatch, page_offset, qk_scale, sinks, decode: DecodeShape, window
-):
+def _attend_prompts(q, kv, batch: RaggedBatch, page_offset, qk_scale, sinks, decode: DecodeShape, window):
     config = prompt_config(decode.page_size, decode.head_dim)
-    pages = config.kv_tokens // decode.page_size
+    copies, _ = copies_of(decode.page_size, config.kv_tokens)
     shape = TileShape(
         groups=decode.kv_heads * decode.tiles,
         heads=decode.heads,
         head_dim=decode.head_dim,
-        copies=pages,
+        copies=copies,
         causal=True,
         window=window,
         soft_cap=decode.soft_cap,
@@ -145,13 +148,15 @@ def _attend_prompts(
         config=config,
     )
     tiles, num_tiles = cut_prompts(batch, q.shape[0], CONSUMERS * shape.tokens, window)
-    table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % pages)))
+    table = whole_blocks(batch.page_table, decode.page_size, config.kv_tokens)
 
-    def fetch(row, block, group, pool, table, offset):
-        ids = [table[row, block * pages + i] + offset[0] for i in range(pages)]
-        head = group if decode.tiles == 1 else group // decode.tiles
-        places = [page * (2 * decode.kv_heads) + head for page in ids]
-        return [[pool.at[place + half] for place in places] for half in (0, decode.kv_heads)]
+    def fetch(row, block, group, half, first, pool, table, offset):
+        some = range(first, min(first + FETCHED, copies))
+        head = group if decode.tiles == 1 else jax.lax.div(group, jnp.int32(decode.tiles))
+        return [
+            pool.at[(2 * (page + offset[0]) + half) * decode.kv_heads + head, slot]
+            for page, slot in places_of(table, row, block, some, decode.page_size, config.kv_tokens)
+        ]
 
     pool = kv.reshape(-1, decode.page_size, decode.head_dim)
     offset = jnp.asarray(page_offset, jnp.int32).reshape(1)

@@ -27,7 +27,7 @@ class DecodeConfig:
 
 
 def decode_config(page_size: int, head_dim: int) -> DecodeConfig:
-    kv_tokens = max(64, page_size)
+    kv_tokens = 64
     block = 2 * kv_tokens * head_dim * 2
     fixed = 2 * 64 * head_dim * 2 + 2 * 64 * 64 * 4 + 8192
     stages = min(8, (SMEM_BYTES - fixed) // block // 2 * 2)
@@ -35,4 +35,4 @@ def decode_config(page_size: int, head_dim: int) -> DecodeConfig:
 
 
 def prompt_config(page_size: int, head_dim: int) -> TileConfig:
-    return tile_config(head_dim, page_size)
+    return tile_config(head_dim)

@@ -34,7 +34,7 @@ from pallas_kernels.gpu_parts import (
     softmax_step,
 )
 from pallas_kernels.paged_attention.gpu_config import DecodeConfig
-from pallas_kernels.paged_attention.gpu_plan import ITEM_FIELDS, Pieces
+from pallas_kernels.paged_attention.gpu_plan import ITEM_FIELDS, Pieces, copies_of, places_of
 
 TILE = 64  # rows of a wgmma tile
 COLUMNS = 64  # of the result that are staged at once on their way out
@@ -108,6 +108,7 @@ def _run_pieces(q, kv, pieces: Pieces, page_offset, qk_scale, shape: DecodeShape
     part = jax.ShapeDtypeStruct((slots, groups, shape.rows, shape.padded_dim), jnp.float32)
     scalar = jax.ShapeDtypeStruct((slots, groups, shape.rows), jnp.float32)
     stages = config.stages
+    copies, _ = copies_of(shape.page_size, config.kv_tokens)
     kernel = plgpu.kernel(
         partial(_decode_body, shape=shape),
         out_type=(part, scalar, scalar),
@@ -124,8 +125,8 @@ def _run_pieces(q, kv, pieces: Pieces, page_offset, qk_scale, shape: DecodeShape
             "total_smem": plgpu.SMEM((CONSUMERS, TILE), jnp.float32),
             "q_full": plgpu.Barrier(num_barriers=2),
             "q_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2),
-            "k_full": plgpu.Barrier(num_arrivals=config.kv_tokens // shape.page_size, num_barriers=stages),
-            "v_full": plgpu.Barrier(num_arrivals=config.kv_tokens // shape.page_size, num_barriers=stages),
+            "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             "kv_free": plgpu.Barrier(num_barriers=stages),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -237,8 +238,8 @@ def _produce(
     shape: DecodeShape,
 ):
     """Keeps `stages` blocks of keys and values in flight, over the borders of work units."""
-    stages, page_size = shape.config.stages, shape.page_size
-    pages = shape.config.kv_tokens // page_size
+    stages, size = shape.config.stages, shape.config.kv_tokens
+    copies, tokens = copies_of(shape.page_size, size)
 
     def one_unit(index, done):
         _, group, (row, first, last, _, _) = unit(index)
@@ -250,13 +251,13 @@ def _produce(
         def one_block(block, done):
             stage = lax.rem(done, jnp.int32(stages))
             # All ids before any copy, so that they are fetched together.
-            ids = [table_ref[row, block * pages + i] for i in range(pages)]
-            places = [(page + page_offset) * (2 * shape.kv_heads) + head for page in ids]
+            places = places_of(table_ref, row, block, range(copies), shape.page_size, size)
             pl.when(done >= stages)(lambda: plgpu.barrier_wait(kv_free.at[stage]))
-            for memory, full, half in ((k_smem, k_full, 0), (v_smem, v_full, shape.kv_heads)):
-                for i, place in enumerate(places):
-                    target = memory.at[stage, pl.ds(i * page_size, page_size)]
-                    plgpu.copy_gmem_to_smem(pages_ref.at[place + half], target, full.at[stage])
+            for memory, full, half in ((k_smem, k_full, 0), (v_smem, v_full, 1)):
+                for i, (page, slot) in enumerate(places):
+                    source = pages_ref.at[((page + page_offset) * 2 + half) * shape.kv_heads + head, slot]
+                    target = memory.at[stage, pl.ds(i * tokens, tokens)]
+                    plgpu.copy_gmem_to_smem(source, target, full.at[stage])
             return done + 1
 
         return lax.fori_loop(first, last, one_block, done)

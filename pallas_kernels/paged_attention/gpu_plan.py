@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.gpu_tiles import Tile
 from pallas_kernels.paged_attention.batch import RaggedBatch
@@ -40,14 +43,13 @@ def cut_decodes(
     lets the busiest multiprocessor finish first, a piece costing one block more than it has.
     """
     rows = batch.max_rows
-    pages = kv_tokens // page_size
-    table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % pages)))
+    table = whole_blocks(batch.page_table, page_size, kv_tokens)
     high = jnp.where(jnp.arange(rows) < batch.num_decode_rows, batch.context_lens, 0)
     low = jnp.zeros_like(high) if window is None else jnp.maximum(high - window, 0)
     first, last = low // kv_tokens, -(-high // kv_tokens)
     blocks = last - first
 
-    most = table.shape[1] // pages
+    most = table.shape[1] * page_size // kv_tokens
     limit = rows + -(-4 * num_blocks // kv_heads)
     lengths = jnp.asarray(_lengths(most), jnp.int32)
     counts = jnp.sum(-(-blocks[:, None] // lengths), axis=0, dtype=jnp.int32)
@@ -61,6 +63,30 @@ def cut_decodes(
     begin = first[row] + (item - starts[row]) * length
     fields = [row, begin, jnp.minimum(begin + length, last[row]), low[row], high[row]]
     return Pieces(jnp.stack(fields, axis=1), ends[-1], starts, table)
+
+
+def whole_blocks(table: jax.Array, page_size: int, kv_tokens: int) -> jax.Array:
+    """The page table with the null page behind it, so that its last block of keys is whole."""
+    pages = max(1, kv_tokens // page_size)
+    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages)))
+
+
+def copies_of(page_size: int, kv_tokens: int) -> tuple[int, int]:
+    """How many copies fill a block of kv_tokens, and tokens of each: whole pages, or a part of one."""
+    tokens = min(page_size, kv_tokens)
+    return kv_tokens // tokens, tokens
+
+
+def places_of(
+    table_ref: Any, row: Any, block: Any, copies: range, page_size: int, kv_tokens: int
+) -> list[Any]:
+    """In a kernel: the page id and the slots of some copies of a block. All are read before any is used."""
+    if page_size <= kv_tokens:
+        first = block * (kv_tokens // page_size)
+        return [(table_ref[row, first + i], slice(None)) for i in copies]
+    parts = jnp.int32(page_size // kv_tokens)
+    start = lax.rem(block, parts) * kv_tokens
+    return [(table_ref[row, lax.div(block, parts)], pl.ds(start, kv_tokens)) for _ in copies]
 
 
 def cut_prompts(
