@@ -1,8 +1,8 @@
 // Ragged paged attention and the write of this step's keys and values, float32.
 //
-// KV layout [P, 2, K, S, D]: the keys of one head in one page are S rows of D, so they are the right side of a tile as
-// they lie. A piece of work is one KV head of some consecutive queries of one row; it goes through the row's pages once,
-// a block of keys at a time, with an online softmax.
+// KV layout [P, 2, K, S, D], or [P, 1, K, S, D] where a token's key is its value too: the keys of one head in one page
+// are S rows of D, so they are the right side of a tile as they lie. A piece of work is one KV head of some consecutive
+// queries of one row; it goes through the row's pages once, a block of keys at a time, with an online softmax.
 #pragma once
 
 #include <math.h>
@@ -21,6 +21,7 @@ typedef struct {
   float *out;                   // [T, H, D]
   const int32_t *starts, *contexts, *table;
   int64_t rows, tokens, heads, kv_heads, size, page_size, pages_per_row;
+  int64_t halves;          // 2, or 1 where keys are the values too
   int64_t offset, window;  // window: 0 for none
   float scale, cap;        // cap: 0 for none
   int32_t *piece_rows, *piece_starts;
@@ -34,7 +35,8 @@ typedef struct {
 
 static const float *page_of(const Attention *a, int row, int64_t key, int64_t head, int is_value) {
   int64_t page = a->table[row * a->pages_per_row + key / a->page_size] + a->offset;
-  return a->kv + ((page * 2 + is_value) * a->kv_heads + head) * a->page_size * a->size;
+  int64_t half = is_value ? a->halves - 1 : 0;
+  return a->kv + ((page * a->halves + half) * a->kv_heads + head) * a->page_size * a->size;
 }
 
 static void block_logits(const Attention *a, Scratch *s, int m, int row, int64_t head, int64_t from, int64_t to) {
@@ -201,6 +203,7 @@ static XLA_FFI_Error *attend(XLA_FFI_CallFrame *frame) {
                  .tokens = q->dims[0],
                  .heads = q->dims[1],
                  .size = q->dims[2],
+                 .halves = kv->dims[1],
                  .kv_heads = kv->dims[2],
                  .page_size = kv->dims[3],
                  .offset = *(int32_t *)arg_of(frame, 5)->data,
@@ -226,14 +229,14 @@ static XLA_FFI_Error *write_kv(XLA_FFI_CallFrame *frame) {
   const float *sides[2] = {k->data, arg_of(frame, 2)->data};
   const int32_t *starts = arg_of(frame, 3)->data, *contexts = arg_of(frame, 4)->data, *pages = table->data;
   int64_t offset = *(int32_t *)arg_of(frame, 6)->data;
-  int64_t heads = kv->dims[2], page_size = kv->dims[3], size = kv->dims[4];
+  int64_t halves = kv->dims[1], heads = kv->dims[2], page_size = kv->dims[3], size = kv->dims[4];
   for (int64_t row = 0; row < table->dims[0]; row++)
     for (int64_t token = starts[row]; token < starts[row + 1]; token++) {
       int64_t position = contexts[row] - starts[row + 1] + token;
       int64_t page = pages[row * table->dims[1] + position / page_size] + offset;
-      for (int side = 0; side < 2; side++)
+      for (int side = 0; side < halves; side++)
         for (int64_t head = 0; head < heads; head++)
-          memcpy((float *)kv->data + (((page * 2 + side) * heads + head) * page_size + position % page_size) * size,
+          memcpy((float *)kv->data + (((page * halves + side) * heads + head) * page_size + position % page_size) * size,
                  sides[side] + (token * heads + head) * size, (size_t)size * 4);
     }
   return NULL;

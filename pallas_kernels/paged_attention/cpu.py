@@ -1,6 +1,6 @@
 """Paged attention on CPU by the native kernels: every page is read once, at memory speed.
 
-The pool's layout is the XLA path's, [P, 2, K, S, D], so the two can take over from each other. What the kernels do not
+The pool's layout is the XLA path's, [P, 2 or 1, K, S, D], so the two can take over from each other. What the kernels do not
 know (a tree mask) goes to the XLA path.
 """
 
@@ -20,6 +20,7 @@ from pallas_kernels.paged_attention.xla import kv_partition_spec, kv_shape, kv_s
 
 __all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
 
+SHARES_VALUES = True
 LANES = 16  # floats in the widest vector register that the kernels use
 
 

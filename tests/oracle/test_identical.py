@@ -164,7 +164,7 @@ def test_scanned_layers(folder, alone):
     assert_same(run(small_engine(folder, layer_loop="scan"), some(17, 9, 4, 7)), alone)
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla"])  # the default is the native one
 def test_attention_implementations(folder, alone, backend):
     engine = small_engine(folder, max_num_seqs=2, attention_backend=backend)
     assert_same(run(engine, some(5, 4)), alone)

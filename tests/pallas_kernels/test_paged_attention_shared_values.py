@@ -20,7 +20,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
 @pytest.mark.parametrize("kind", STEPS)
 def test_values_that_are_the_keys_are_kept_once(implementation, kind):
     step = STEPS[kind]
