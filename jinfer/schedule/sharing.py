@@ -8,7 +8,8 @@ Every page that a window leaves behind could serve a sequence that parts from th
 the order of their last use they would push out what is asked for: the last windows of sequences that ended, where the
 next turn of a conversation goes on. So they are evicted first, but for three kinds: pages that were found; the window
 before the end of the prompt, which may be sent again or answered otherwise; and the one before the place where the full
-groups had no more, because there an earlier sequence took another way, and others may.
+groups had no more, because there an earlier sequence took another way, and others may. (Without a full group nothing
+tells that place.)
 """
 
 from __future__ import annotations
@@ -63,9 +64,6 @@ class PageSharing:
 
     def release_behind(self, entry: Entry, group: PageGroup, first: int, pages: Sequence[int]) -> None:
         """Gives back pages at places [first, first + len) of the entry's table, which its window has left behind."""
-        if not self._full:  # nothing tells where sequences part
-            group.pool.release(pages)
-            return
         ends = (entry.num_full_found, (entry.request.num_prompt_tokens - 1) // self._page_size)
         parting = [range(group.first_page(end * self._page_size), end) for end in ends]
         for place, page in enumerate(pages, first):

@@ -108,8 +108,11 @@ def test_the_last_windows_of_ended_sequences_outlast_what_windows_leave_behind(
     assert run_one(s, make_request([*PROMPT, 50], max_tokens=1), finish_all) == 40
 
 
-def test_a_prompt_is_found_again_though_its_window_has_moved_on(make_scheduler, make_request, finish_all):
-    s = make_scheduler(groups=[GroupSize(400), GroupSize(12, 6)])
+@pytest.mark.parametrize("groups", [[GroupSize(400), GroupSize(12, 6)], [GroupSize(12, 6)]])
+def test_a_prompt_is_found_again_though_its_window_has_moved_on(
+    make_scheduler, make_request, finish_all, groups
+):
+    s = make_scheduler(groups=groups)
     run_one(s, make_request([*PROMPT][:22], max_tokens=40), finish_all)
     run_one(s, make_request(4, max_tokens=50), finish_all)
     assert run_one(s, make_request([*PROMPT][:22], max_tokens=1), finish_all) == 20
