@@ -83,6 +83,22 @@ def test_matmul_rows_depend_on_the_type(root):
     assert [region.matmul_rows for region in root.inner[0].inner] == [0, 32, 8]
 
 
+@pytest.mark.parametrize(
+    ("instruction", "rows"),
+    [
+        ("vmatmul.bf16.gmra.mxu3", 16),
+        ("vmatmul.f32.vlgmr.msrb.gmra.mxu0", 8),
+        ("vmatmul.mubr.bf16.vlgmr.msra.gmra.mxu1", 16),
+        ("vmatmul.msk.bf16.gmra.mxu1", 16),
+        ("vmatmul.mubr.s8.gmra.mxu0", 32),
+        ("vmatprep.mubr.bf16.mxu0", 0),
+    ],
+)
+def test_each_generation_has_its_own_names_for_a_matrix_product(instruction, rows):
+    root = bundles.parse_bundles([f"   0x1   :  {{ %v1 = {instruction} %v2 }}"])
+    assert root.matmul_rows == rows
+
+
 def test_a_steady_pass_fetches_and_takes_the_busier_branch(root):
     parts = bundles.steady_pass(bundles.hot_loop(root))
     assert [part.start for part in parts] == [2, 10, 4]

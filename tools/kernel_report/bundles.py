@@ -22,7 +22,7 @@ _BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s((?:>\
 _FETCH = re.compile(r"(?:\{|;;)\s*%\S+ = dma\.hbm_to_vmem .*?/\*size_in_granules=\*/(\d+|%)")
 _STORE = re.compile(r"(?:\{|;;)\s*%\S+ = dma\.vmem_to_hbm ")
 _WAIT = re.compile(r"(?:\{|;;)\s*%\S+ = dma\.done\.wait ")
-_MATMUL = re.compile(r"\bvmatmul\.\w+\.(\w+)\.")
+_MATMUL = re.compile(r"\bvmatmul\.(?:mubr\.|msk\.)*(\w+)\.")
 ROWS_PER_MATMUL = {"f32": 8, "bf16": 16}  # one register of rows streams through; 32 of the 8-bit types
 _BRANCH = re.compile(r"sbr\.rel \(!?%\S+\) target = \$region(\d+)")
 _REGION = re.compile(r"region (\d+)")
