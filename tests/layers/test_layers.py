@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from jinfer.layers.attention import KVKind, LayerIndex, causal_attention
 from jinfer.layers.linear import Linear, embed, project
-from jinfer.layers.mlp import ACTIVATIONS
+from jinfer.layers.mlp import ACTIVATIONS, MLPSpec
 from jinfer.layers.norm import NormSpec
 from jinfer.layers.parameter import Build, parameter
 from jinfer.layers.stack import LayerStack, Segment, is_stacked, layers_of, segments_of
@@ -75,6 +75,49 @@ def test_norm(eps):
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5)
 
 
+def test_norm_with_an_offset_over_several_dimensions():
+    layer = filled(NormSpec(eps=1e-3, offset=1.0, wide=True).make(Build(), (3, 8)))
+    x = array(4, 3, 8)
+    wide, weight = np.asarray(x, np.float64), np.asarray(layer.weight[...])
+    expected = wide / np.sqrt((wide**2).mean((1, 2), keepdims=True) + 1e-3) * (weight + 1)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5)
+
+
+def test_norms_round_where_they_say():
+    """In bfloat16: the product with the weight before the rounding, or after it."""
+    x = array(64, 16, dtype=jnp.bfloat16)
+    results = []
+    for wide in (False, True):
+        layer = filled(NormSpec(wide=wide).make(Build(dtype=jnp.float32), (16,)))
+        weight = jnp.linspace(0.5, 1.5, 16).astype(jnp.bfloat16)
+        layer.weight = layer.weight.replace(weight)
+        results.append(np.asarray(layer(x), np.float32))
+        unit = np.asarray(x, np.float32)
+        unit = unit / np.sqrt((unit**2).mean(-1, keepdims=True) + 1e-6)
+        exact = unit * np.asarray(weight, np.float32)
+        rounded = np.asarray(jnp.asarray(unit).astype(jnp.bfloat16) * weight, np.float32)
+        expected = np.asarray(jnp.asarray(exact).astype(jnp.bfloat16), np.float32) if wide else rounded
+        assert (results[-1] == expected).mean() > 0.98
+    assert (results[0] != results[1]).mean() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(16,), (2, 8)])
+def test_layer_norm(shape):
+    layer = filled(NormSpec("layer", eps=1e-2).make(Build(), shape))
+    x = array(4, *shape)
+    parts = (torch.tensor(np.asarray(p[...])) for p in (layer.weight, layer.bias))
+    expected = torch.nn.functional.layer_norm(torch.tensor(np.asarray(x)), shape, *parts, eps=1e-2)
+    np.testing.assert_allclose(layer(x), expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_feed_forward_without_a_gate():
+    layer = filled(MLPSpec(6, "relu", gated=False, bias=True).make(Build(), 4))
+    x = array(5, 4)
+    up = np.asarray(x) @ np.asarray(layer.up.weight[...]).T + np.asarray(layer.up.bias[...])
+    expected = np.maximum(up, 0) @ np.asarray(layer.down.weight[...]).T + np.asarray(layer.down.bias[...])
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_norm_of_small_numbers_in_half_precision():
     """Squares of bfloat16 inputs are summed in float32."""
     layer: Any = NormSpec(eps=1e-12).make(Build(dtype=jnp.bfloat16), (64,))
@@ -99,6 +142,27 @@ def test_causal_attention():
     expected = attention(wide_q, wide_k, wide_v, is_causal=True, scale=0.3, enable_gqa=True)
     actual = causal_attention(q, k, v, 0.3)
     np.testing.assert_allclose(actual, expected.transpose(1, 2).numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("soft_cap", [None, 0.7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_causal_attention_with_its_options(window, soft_cap, with_sinks):
+    q, k, v, sinks = array(2, 9, 6, 4), array(2, 9, 2, 4), array(2, 9, 2, 4), array(6)
+    actual = causal_attention(
+        q, k, v, 0.5, window=window, soft_cap=soft_cap, sinks=sinks if with_sinks else None
+    )
+    expected = np.zeros(q.shape)
+    for b, i, h in np.ndindex(2, 9, 6):
+        first = 0 if window is None else max(0, i + 1 - window)
+        keys, values = (np.asarray(t)[b, first : i + 1, h // 3] for t in (k, v))
+        logits = 0.5 * keys @ np.asarray(q)[b, i, h]
+        if soft_cap is not None:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        weights = np.exp(logits)
+        total = weights.sum() + (np.exp(float(sinks[h])) if with_sinks else 0)
+        expected[b, i, h] = weights @ values / total
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 ALIKE, WINDOWED = "aaa", "wwfwwfwwf"

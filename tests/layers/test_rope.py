@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.models.glm4.modeling_glm4 import apply_rotary_pos_emb as glm4_rotation
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jinfer.layers.rope import Rotary, rotate
@@ -29,7 +30,20 @@ KINDS: dict[str, dict[str, Any]] = {
         "beta_fast": 4.0,
         "beta_slow": 3.9,
     },
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + 0.01 * i for i in range(DIM // 2)],
+        "long_factor": [1.0 + 0.3 * i for i in range(DIM // 2)],
+    },
+    "longrope with its own magnitude": {
+        "attention_factor": 0.8,
+        "original_max_position_embeddings": 400,
+        "short_factor": [1.0 + 0.01 * i for i in range(DIM // 2)],
+        "long_factor": [9.0] * (DIM // 2),
+    },
 }
+NAMES = {"short_factor": "short_factors", "long_factor": "long_factors"}
 
 
 def hf_tables(kind: str, values: dict, theta: float, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +69,11 @@ def test_tables_equal_those_of_transformers(name, theta):
         theta,
         kind,
         original=original,
-        **{k: v for k, v in values.items() if not k.startswith("original")},
+        **{
+            NAMES.get(k, k): tuple(v) if isinstance(v, list) else v
+            for k, v in values.items()
+            if not k.startswith("original")
+        },
     )
     positions = jnp.arange(length, dtype=jnp.int32)
     cos, sin = rotary.tables(positions, jnp.full(length, length, jnp.int32))
@@ -76,12 +94,22 @@ def test_dynamic_angles_grow_with_each_tokens_own_length():
     np.testing.assert_allclose(cos, np.stack([short[5], long[5], long[200], short[95]]), atol=1e-4)
 
 
-def test_only_dynamic_depends_on_the_length():
+def test_longrope_is_chosen_by_each_tokens_own_length():
+    factors = {"short_factors": (1.0,) * 4, "long_factors": (2.0, 3.0, 4.0, 5.0)}
+    rotary = Rotary(8, 100.0, "longrope", original=10, **factors)
+    positions, lengths = jnp.asarray([3, 3, 12], jnp.int32), jnp.asarray([10, 11, 13], jnp.int32)
+    cos, _ = rotary.tables(positions, lengths)
+    base = 100.0 ** -(np.arange(0, 8, 2) / 8)
+    long = base / np.asarray(factors["long_factors"])
+    np.testing.assert_allclose(cos, np.cos([3 * base, 3 * long, 12 * long]), atol=1e-5)
+
+
+def test_only_two_kinds_depend_on_the_length():
     assert [
         kind
-        for kind in ("default", "linear", "dynamic", "llama3", "yarn")
+        for kind in ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
         if Rotary(8, 1e4, kind).depends_on_length
-    ] == ["dynamic"]
+    ] == ["dynamic", "longrope"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +133,20 @@ def test_rotation_equals_that_of_transformers():
     heads_first = torch.tensor(q).transpose(0, 1)[None]
     expected = apply_rotary_pos_emb(heads_first, heads_first, cos2, sin2)[0][0].transpose(0, 1).numpy()
     np.testing.assert_allclose(rotate(jnp.asarray(q), cos, sin), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [DIM, 24])
+def test_neighbouring_pairs_and_partly_rotated_heads(dim):
+    random = np.random.default_rng(2)
+    q = random.standard_normal((7, 3, DIM)).astype(np.float32)
+    cos, sin = Rotary(dim, 10000.0).tables(jnp.arange(7, dtype=jnp.int32))
+    cos2, sin2 = (torch.tensor(np.concatenate([t, t], axis=-1))[None] for t in (cos, sin))
+    heads_first = torch.tensor(q).transpose(0, 1)[None]
+    expected = glm4_rotation(heads_first, heads_first, cos2, sin2)[0][0].transpose(0, 1).numpy()
+    np.testing.assert_allclose(rotate(jnp.asarray(q), cos, sin, interleaved=True), expected, atol=1e-6)
+    rotated = rotate(jnp.asarray(q), cos, sin)
+    np.testing.assert_array_equal(rotated[..., dim:], q[..., dim:])
+    np.testing.assert_array_equal(rotated[..., :dim], rotate(jnp.asarray(q[..., :dim]), cos, sin))
 
 
 def test_rotation_is_computed_in_float32():
