@@ -180,9 +180,10 @@ class Experts(nnx.Module):
         mine = (experts >= 0) & (experts < count) & real[:, None]
         # Pairs of other devices and of padded tokens sort behind all others, into no group.
         key = jnp.where(mine, experts, count).reshape(-1)
-        order = jnp.argsort(key, stable=True)
+        row = jnp.arange(key.size, dtype=jnp.int32)
+        sorted_key, order = lax.sort((key, row), num_keys=1, is_stable=True)
         sizes = jnp.sum(key[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
-        expert = jnp.minimum(key[order], count - 1)
+        expert = jnp.minimum(sorted_key, count - 1)
 
         product = partial(grouped_matmul, group_sizes=sizes, layer=layer, platform=self.build.platform)
         both = product(x[order // chosen], gate_up.reshape(depth, count, 2 * width, embed))
@@ -195,7 +196,8 @@ class Experts(nnx.Module):
             first = self.inner_axis is None or lax.axis_index(self.inner_axis) == 0
             y = y + jnp.where(first, down_bias[expert], jnp.zeros((), y.dtype))
 
-        y = y[jnp.argsort(order)].reshape(num_tokens, chosen, embed)
+        place = jnp.zeros_like(order).at[order].set(row, unique_indices=True)
+        y = y[place].reshape(num_tokens, chosen, embed)
         # Rows of no group may hold anything, NaN too, and so may padded tokens.
         parts = jnp.where(mine[:, :, None], y.astype(jnp.float32) * weights[:, :, None], 0.0)
         total = jnp.sum(parts, axis=1).astype(x.dtype)
