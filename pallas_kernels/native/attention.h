@@ -2,7 +2,9 @@
 //
 // KV layout [P, 2, K, S, D], or [P, 1, K, S, D] where a token's key is its value too: the keys of one head in one page
 // are S rows of D, so they are the right side of a tile as they lie. A piece of work is one KV head of some consecutive
-// queries of one row; it goes through the row's pages once, a block of keys at a time, with an online softmax.
+// queries of one row; it goes through the row's pages once, a block of keys at a time, with an online softmax. Where
+// there are many decode rows, a piece takes all KV heads of one instead: heads lie side by side in a page, and memory
+// is read in longer runs.
 #pragma once
 
 #include <math.h>
@@ -14,6 +16,7 @@
 #define TILE_KEYS (TILE_N > 4 ? 4 : TILE_N)  // divides every page
 #define BLOCK_KEYS 128    // logits of one block stay in the first-level cache
 #define TILE_QUERIES 16   // queries of a prompt chunk that share one pass over the keys
+#define WIDE_ROWS 4             // decode rows from which on a piece takes all KV heads of a row
 #define SMALL_ATTENTION 60000  // query-key pairs times head size below which a second thread does not pay
 
 typedef struct {
@@ -22,6 +25,7 @@ typedef struct {
   const int32_t *starts, *contexts, *table;
   int64_t rows, tokens, heads, kv_heads, size, page_size, pages_per_row;
   int64_t halves;          // 2, or 1 where keys are the values too
+  int64_t span;            // KV heads of a piece
   int64_t offset, window;  // window: 0 for none
   float scale, cap;        // cap: 0 for none
   int32_t *piece_rows, *piece_starts;
@@ -39,16 +43,21 @@ static const float *page_of(const Attention *a, int row, int64_t key, int64_t he
   return a->kv + ((page * a->halves + half) * a->kv_heads + head) * a->page_size * a->size;
 }
 
-static void block_logits(const Attention *a, Scratch *s, int m, int row, int64_t head, int64_t from, int64_t to) {
+// m: query rows of one KV head; those of the piece's KV heads, from `first` on, follow each other.
+static void block_logits(const Attention *a, Scratch *s, int m, int row, int64_t first, int64_t from, int64_t to) {
   for (int64_t key = from; key < to;) {
     int64_t slot = key % a->page_size, count = a->page_size - slot;
     if (count > to - key) count = to - key;
-    const float *keys = page_of(a, row, key, head, 0) + slot * a->size;
-    for (int64_t j = 0; j < count; j += TILE_KEYS) {
-      int columns = (int)(count - j < TILE_KEYS ? count - j : TILE_KEYS);
-      for (int i = 0; i < m; i += TILE_M)
-        tile_any(m - i < TILE_M ? m - i : TILE_M, columns, s->q + i * a->size, a->size, keys + j * a->size, a->size,
-                 a->size, NULL, 0, s->logits + i * BLOCK_KEYS + (key - from) + j, BLOCK_KEYS);
+    for (int64_t head = 0; head < a->span; head++) {
+      const float *keys = page_of(a, row, key, first + head, 0) + slot * a->size;
+      const float *q = s->q + head * m * a->size;
+      float *logits = s->logits + head * m * BLOCK_KEYS + (key - from);
+      for (int64_t j = 0; j < count; j += TILE_KEYS) {
+        int columns = (int)(count - j < TILE_KEYS ? count - j : TILE_KEYS);
+        for (int i = 0; i < m; i += TILE_M)
+          tile_any(m - i < TILE_M ? m - i : TILE_M, columns, q + i * a->size, a->size, keys + j * a->size, a->size,
+                   a->size, NULL, 0, logits + i * BLOCK_KEYS + j, BLOCK_KEYS);
+      }
     }
     key += count;
   }
@@ -115,18 +124,21 @@ static void weigh_any(int rows, int vecs, const float *weights, const float *val
 #undef CASE
 }
 
-static void block_values(const Attention *a, Scratch *s, int m, int row, int64_t head, int64_t from, int64_t to) {
+static void block_values(const Attention *a, Scratch *s, int m, int row, int64_t first, int64_t from, int64_t to) {
   for (int64_t key = from; key < to;) {
     int64_t slot = key % a->page_size, count = a->page_size - slot;
     if (count > to - key) count = to - key;
-    const float *values = page_of(a, row, key, head, 1) + slot * a->size;
-    for (int i = 0; i < m; i += TILE_M) {
-      int rows = m - i < TILE_M ? m - i : TILE_M;
-      for (int64_t d = 0; d < a->size;) {
-        int left = (int)((a->size - d) / LANES), vecs = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        weigh_any(rows, vecs, s->logits + i * BLOCK_KEYS + (key - from), values + d, count, a->size,
-                  s->sums + i * a->size + d);
-        d += vecs * LANES;
+    for (int64_t head = 0; head < a->span; head++) {
+      const float *values = page_of(a, row, key, first + head, 1) + slot * a->size;
+      const float *weights = s->logits + head * m * BLOCK_KEYS + (key - from);
+      float *sums = s->sums + head * m * a->size;
+      for (int i = 0; i < m; i += TILE_M) {
+        int rows = m - i < TILE_M ? m - i : TILE_M;
+        for (int64_t d = 0; d < a->size;) {
+          int left = (int)((a->size - d) / LANES), vecs = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+          weigh_any(rows, vecs, weights + i * BLOCK_KEYS, values + d, count, a->size, sums + i * a->size + d);
+          d += vecs * LANES;
+        }
       }
     }
     key += count;
@@ -143,16 +155,19 @@ static Scratch lay_out(float *memory, int64_t m, int64_t size) {
 
 static void attention_piece(const void *what, int64_t index) {
   const Attention *a = what;
-  int64_t group = a->heads / a->kv_heads, head = index % a->kv_heads, item = index / a->kv_heads;
+  int64_t group = a->heads / a->kv_heads, spans = a->kv_heads / a->span;
+  int64_t first = index % spans * a->span, item = index / spans;
   int row = a->piece_rows[item];
   int64_t begin = a->piece_starts[item], end = a->starts[row + 1];
-  int queries = (int)(end - begin < TILE_QUERIES ? end - begin : TILE_QUERIES), m = queries * (int)group;
+  int queries = (int)(end - begin < TILE_QUERIES ? end - begin : TILE_QUERIES);
+  int of_head = queries * (int)group, m = of_head * (int)a->span;
   int64_t position = a->contexts[row] - (end - begin);  // of the first query
   float *memory = aligned_alloc(64, (size_t)scratch_floats(m, a->size) / 16 * 64);
   Scratch s = lay_out(memory, m, a->size);
   for (int i = 0; i < m; i++) {
-    int64_t token = begin + i / group, h = head * group + i % group, last = position + i / group;
-    const float *q = a->q + (token * a->heads + h) * a->size;
+    int query = i % of_head / (int)group;
+    int64_t h = (first + i / of_head) * group + i % group, last = position + query;
+    const float *q = a->q + ((begin + query) * a->heads + h) * a->size;
     for (int64_t d = 0; d < a->size; d++) s.q[i * a->size + d] = q[d] * a->scale;
     s.low[i] = a->window > 0 && last >= a->window ? (int32_t)(last - a->window + 1) : 0;
     s.high[i] = (int32_t)last + 1;
@@ -162,12 +177,13 @@ static void attention_piece(const void *what, int64_t index) {
   memset(s.sums, 0, (size_t)(m * a->size) * 4);
   for (int64_t from = s.low[0], stop = s.high[m - 1]; from < stop; from += BLOCK_KEYS) {
     int64_t to = from + BLOCK_KEYS < stop ? from + BLOCK_KEYS : stop;
-    block_logits(a, &s, m, row, head, from, to);
+    block_logits(a, &s, of_head, row, first, from, to);
     for (int i = 0; i < m; i++) block_softmax(a, &s, i, from, to);
-    block_values(a, &s, m, row, head, from, to);
+    block_values(a, &s, of_head, row, first, from, to);
   }
   for (int i = 0; i < m; i++) {
-    float *out = a->out + ((begin + i / group) * a->heads + head * group + i % group) * a->size;
+    int64_t token = begin + i % of_head / group, h = (first + i / of_head) * group + i % group;
+    float *out = a->out + (token * a->heads + h) * a->size;
     for (int64_t d = 0; d < a->size; d++) out[d] = s.sums[i * a->size + d] / s.total[i];
   }
   free(memory);
@@ -216,7 +232,9 @@ static XLA_FFI_Error *attend(XLA_FFI_CallFrame *frame) {
   a.piece_starts = a.piece_rows + most;
   int64_t pieces = list_pieces(&a, &pairs);
   memset(a.out + live * a.heads * a.size, 0, (size_t)((a.tokens - live) * a.heads * a.size) * 4);
-  parallel_for(frame, pieces * a.kv_heads, pairs * a.heads * a.size < SMALL_ATTENTION, attention_piece, &a);
+  // Decode rows only, and enough of them to share among the threads.
+  a.span = live == pieces && pieces >= WIDE_ROWS ? a.kv_heads : 1;
+  parallel_for(frame, pieces * (a.kv_heads / a.span), pairs * a.heads * a.size < SMALL_ATTENTION, attention_piece, &a);
   free(a.piece_rows);
   return NULL;
 }
