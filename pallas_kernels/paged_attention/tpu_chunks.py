@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.batch import tree_allows
 from pallas_kernels.paged_attention.tpu_pages import LANES, MASKED, BlockCopies, product, spread
+from pallas_kernels.paged_attention.tpu_walk import Place, TileWalk
 
 FIRST_ROW, ROWS, OFFSET = 0, 1, 2  # places in `meta`
-
-
-class Place(NamedTuple):
-    """Where the sequence of all blocks stands: a block of a tile of a row, and how many tiles came before it."""
-
-    row: Any
-    offset: Any  # of the tile's first token among the row's
-    block: Any
-    count: Any
 
 
 @dataclass(frozen=True)
@@ -123,162 +115,141 @@ def attend_chunks(
     )(meta, query_starts, context_lens, table, sinks, q, pages, *words)
 
 
+@dataclass(frozen=True)
+class TileCopies:
+    """Brings tiles of queries (and of their tree masks) and sends tiles of results.
+
+    q, out: float32[cores, N, H, L] in HBM; queries [B, tile, H, L] and outputs [2, tile, H, L] in VMEM. tree: int32
+    [N, W, 128] in HBM and words [B, tile, W, 128] in VMEM, or None. semaphores: DMA [3, B]; the first row is not ours.
+    """
+
+    q: Any
+    queries: Any
+    outputs: Any
+    out: Any
+    tree: Any
+    words: Any
+    semaphores: Any
+    core: Any
+
+    def arriving(self, token: Any, count: Any, size: int) -> list[Any]:
+        """The copies for the tile that comes after `count` others."""
+        slot = lax.rem(count, self.queries.shape[0])
+        source, target, semaphore = pl.ds(token, size), pl.ds(0, size), self.semaphores.at[1, slot]
+        found = [
+            pltpu.make_async_copy(self.q.at[self.core, source], self.queries.at[slot, target], semaphore)
+        ]
+        if self.tree is not None:
+            words = self.words.at[slot, target]
+            found.append(pltpu.make_async_copy(self.tree.at[source], words, semaphore))
+        return found
+
+    def leaving(self, token: Any, slot: Any, size: int) -> Any:
+        source, target = self.outputs.at[slot, pl.ds(0, size)], self.out.at[self.core, pl.ds(token, size)]
+        return pltpu.make_async_copy(source, target, self.semaphores.at[2, 0])
+
+
 def _kernel(meta, starts, contexts, table, sinks, q_hbm, pool, *rest, config: ChunkConfig, has_tree: bool):
     tree_hbm, rest = (rest[0], rest[1:]) if has_tree else (None, rest)
-    out_hbm, pages, queries, outputs, stacked, top, total, acc, seen, semaphores, *tree_words = rest
+    out_hbm, pages, queries, outputs, stacked, top, total, acc, seen, semaphores, *words = rest
     softmax = (stacked, top, total, acc, seen, sinks)
-    num_rows, tile = meta[ROWS], config.tile
-    core = pl.program_id(0)
+    core, tile_words = pl.program_id(0), words[0] if has_tree else None
     copies = BlockCopies(
         table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0], core * acc.shape[0]
     )
+    tiles = TileCopies(q_hbm, queries, outputs, out_hbm, tree_hbm, tile_words, semaphores, core)
     block_tokens = config.block_pages * pool.shape[3]
-
-    def length(row):
-        return starts[row + 1] - starts[row]
-
-    def span(row, offset):
-        """The positions [low, end) that a tile's queries see, and the first query's own."""
-        position = contexts[row] - length(row) + offset
-        low = jnp.maximum(position + 1 - config.window, 0) if config.window else 0
-        return low, contexts[row] - length(row) + jnp.minimum(offset + tile, length(row)), position
-
-    def first_block(row, offset):
-        return jnp.int32(span(row, offset)[0] // block_tokens)
-
-    def from_row(row, count):
-        """The first place of the first row from this one on that has tokens; row num_rows is the end."""
-
-        def empty(row):
-            return (row < num_rows) & (length(jnp.minimum(row, num_rows - 1)) == 0)
-
-        row = lax.while_loop(empty, lambda row: row + 1, row)
-        return Place(row, jnp.int32(0), first_block(jnp.minimum(row, num_rows - 1), 0), count)
-
-    def following(at):
-        read = jnp.minimum(at.row, num_rows - 1)
-        same_tile = (at.block + 1) * block_tokens < span(read, at.offset)[1]
-        same_row = same_tile | (at.offset + tile < length(read))
-        offset = jnp.where(same_tile, at.offset, at.offset + tile)
-        block = jnp.where(same_tile, at.block + 1, first_block(read, offset))
-        count = jnp.where(same_tile, at.count, at.count + 1)
-        return lax.cond(
-            same_row,
-            lambda: Place(at.row, offset, block, count),
-            lambda: from_row(jnp.minimum(at.row + 1, num_rows), count),
-        )
-
-    def is_small(row, offset):
-        return length(row) - offset <= config.small_tile
-
-    def token_copies(at, size):
-        """Of the queries, and of their tree masks."""
-        slot, tokens = lax.rem(at.count, config.buffers), pl.ds(starts[at.row] + at.offset, size)
-        target, semaphore = pl.ds(0, size), semaphores.at[1, slot]
-        found = [pltpu.make_async_copy(q_hbm.at[core, tokens], queries.at[slot, target], semaphore)]
-        if tree_hbm is not None:
-            words = tree_words[0].at[slot, target]
-            found.append(pltpu.make_async_copy(tree_hbm.at[tokens], words, semaphore))
-        return found
-
-    def output_copy(token, slot, size):
-        source = outputs.at[slot, pl.ds(0, size)]
-        return pltpu.make_async_copy(source, out_hbm.at[core, pl.ds(token, size)], semaphores.at[2, 0])
+    walk = TileWalk(starts, contexts, meta[ROWS], config.tile, config.small_tile, block_tokens, config.window)
 
     def for_size(small, body):
-        for size, wanted in ((config.small_tile, small), (tile, jnp.logical_not(small))):
+        for size, wanted in ((config.small_tile, small), (config.tile, jnp.logical_not(small))):
             pl.when(wanted)(partial(body, size))
 
+    def start_tile(at, size):
+        for copy in tiles.arriving(walk.token(at), at.count, size):
+            copy.start()
+
     def start(at, slot):
-        @pl.when(at.row < num_rows)
+        @pl.when(at.row < walk.num_rows)
         def _():
-            low, end, _ = span(at.row, at.offset)
+            low, end, _ = walk.span(at.row, at.offset)
             copies.start(at.row, at.block, slot, low, end)
-
-            @pl.when(at.block == first_block(at.row, at.offset))
-            def _():
-                def start_tokens(size):
-                    for copy in token_copies(at, size):
-                        copy.start()
-
-                for_size(is_small(at.row, at.offset), start_tokens)
+            pl.when(walk.begins_tile(at))(lambda: for_size(walk.is_small(at), partial(start_tile, at)))
 
     def step(state):
         at, ahead, slot, sent_small = state
         start(ahead, lax.rem(slot + config.buffers - 1, config.buffers))
-        row, offset, block, count = at
-        low, end, position = span(row, offset)
-        small = is_small(row, offset)
-        after = following(at)
-        ends = after.count != count
-        query_slot = lax.rem(count, config.buffers)
+        low, end, _ = walk.span(at.row, at.offset)
+        small, after = walk.is_small(at), walk.following(at)
+        ends = after.count != at.count
+        query_slot = lax.rem(at.count, config.buffers)
 
         def process(size):
-            @pl.when(block == first_block(row, offset))
+            @pl.when(walk.begins_tile(at))
             def _():
-                for copy in token_copies(at, size):
+                for copy in tiles.arriving(walk.token(at), at.count, size):
                     copy.wait()
                 _load_tile(queries.at[query_slot], softmax, size)
 
-            copies.wait(block, slot, low, end)
-            base = block * block_tokens
-            # Whole for every query: not past the first one's position, not behind the last one's window.
-            whole = base + block_tokens <= (position + 1 if not has_tree else contexts[row] - length(row))
-            if config.window:
-                whole &= base >= end - config.window
-
-            @pl.when(whole)
-            def _():
-                _attend(pages.at[slot], softmax, size, config.cap, None)
-
-            @pl.when(jnp.logical_not(whole))
-            def _():
-                query = jnp.minimum(
-                    lax.broadcasted_iota(jnp.int32, (size, block_tokens), 0), end - 1 - position
-                )
-                query += position
-                key = lax.broadcasted_iota(jnp.int32, (size, block_tokens), 1) + base
-                visible = key <= query
-                if config.window:
-                    visible &= query - key < config.window
-                if has_tree:
-                    first_new = contexts[row] - length(row)
-                    words = tree_words[0].at[query_slot]
-                    words = [spread(words[:size, w, :], block_tokens) for w in range(words.shape[1])]
-                    visible &= tree_allows(words, key - first_new, query - first_new)
-                seen[:size, :] = jnp.where(visible, 1.0, 0.0)
-                _attend(pages.at[slot], softmax, size, config.cap, (low - base, end - base))
+            copies.wait(at.block, slot, low, end)
+            own_words = tile_words.at[query_slot] if tile_words is not None else None
+            _attend_block(pages.at[slot], softmax, size, config.cap, walk, at, own_words)
 
             @pl.when(ends)
             def _():
-                out_slot = lax.rem(count, 2)
+                out_slot = lax.rem(at.count, 2)
                 _store_tile(outputs.at[out_slot], softmax, size)
 
-                @pl.when(count > 0)
+                @pl.when(at.count > 0)
                 def _():
-                    for_size(sent_small, lambda sent: output_copy(0, 0, sent).wait())
+                    for_size(sent_small, lambda sent: tiles.leaving(0, 0, sent).wait())
 
-                output_copy(starts[row] + offset, out_slot, size).start()
+                tiles.leaving(walk.token(at), out_slot, size).start()
 
         for_size(small, process)
-        return (
-            after,
-            following(ahead),
-            lax.rem(slot + 1, config.buffers),
-            jnp.where(ends, small, sent_small),
-        )
+        next_slot = lax.rem(slot + 1, config.buffers)
+        return after, walk.following(ahead), next_slot, jnp.where(ends, small, sent_small)
 
-    first = from_row(meta[FIRST_ROW], jnp.int32(0))
+    first = walk.from_row(meta[FIRST_ROW], jnp.int32(0))
 
-    @pl.when(first.row < num_rows)
+    @pl.when(first.row < walk.num_rows)
     def _():
         ahead = first
         for slot in range(config.buffers - 1):
             start(ahead, slot)
-            ahead = following(ahead)
+            ahead = walk.following(ahead)
         state = (first, ahead, jnp.int32(0), jnp.bool_(False))
-        *_, sent_small = lax.while_loop(lambda state: state[0].row < num_rows, step, state)
-        for_size(sent_small, lambda sent: output_copy(0, 0, sent).wait())
+        *_, sent_small = lax.while_loop(lambda state: state[0].row < walk.num_rows, step, state)
+        for_size(sent_small, lambda sent: tiles.leaving(0, 0, sent).wait())
+
+
+def _attend_block(pages, softmax, size: int, cap: float | None, walk: TileWalk, at: Place, words) -> None:
+    """Attends a block for the first `size` queries of a tile: without a mask where every query sees all of it."""
+    low, end, position = walk.span(at.row, at.offset)
+    base, tokens = at.block * walk.block_tokens, walk.block_tokens
+    # Not past the first query's position (a tree's own tokens need their mask), not behind the last one's window.
+    whole = base + tokens <= (position + 1 if words is None else walk.first_new(at.row))
+    if walk.window:
+        whole &= base >= end - walk.window
+
+    @pl.when(whole)
+    def _():
+        _attend(pages, softmax, size, cap, None)
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        # Rows of the tile behind its row's last token do as the last one does: their results are finite.
+        index = jnp.minimum(lax.broadcasted_iota(jnp.int32, (size, tokens), 0), end - 1 - position)
+        query, key = position + index, base + lax.broadcasted_iota(jnp.int32, (size, tokens), 1)
+        visible = key <= query
+        if walk.window:
+            visible &= query - key < walk.window
+        if words is not None:
+            first_new = walk.first_new(at.row)
+            own = [spread(words[:size, w, :], tokens) for w in range(words.shape[1])]
+            visible &= tree_allows(own, key - first_new, query - first_new)
+        softmax[4][:size, :] = jnp.where(visible, 1.0, 0.0)
+        _attend(pages, softmax, size, cap, (low - base, end - base))
 
 
 def _load_tile(queries, softmax, size: int) -> None:

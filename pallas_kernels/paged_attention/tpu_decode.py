@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.tpu_pages import LANES, MASKED, BlockCopies, product, spread
+from pallas_kernels.paged_attention.tpu_walk import RowWalk
 
 ROWS, OFFSET = 0, 1  # places in `meta`
 
@@ -121,19 +122,7 @@ def _kernel(
     heads = pl.ds(first_head, acc.shape[0])
     copies = BlockCopies(table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0], first_head)
     block_tokens = config.block_pages * pool.shape[3]
-
-    def low(row):
-        return jnp.maximum(contexts[row] - config.window, 0) if config.window else 0
-
-    def first_block(row):
-        return low(row) // block_tokens if config.window else 0
-
-    def following(row, block):
-        """The block after this one: of the same row, or the next row's first; row num_rows is the end."""
-        read = jnp.minimum(row, num_rows - 1)
-        same = (block + 1) * block_tokens < contexts[read]
-        next_row = jnp.where(same, row, jnp.minimum(row + 1, num_rows))
-        return next_row, jnp.where(same, block + 1, first_block(jnp.minimum(next_row, num_rows - 1)))
+    walk = RowWalk(contexts, num_rows, block_tokens, config.window)
 
     def query_copy(row):
         slot = lax.rem(row, config.buffers)
@@ -146,9 +135,9 @@ def _kernel(
     def start(row, block, slot):
         @pl.when(row < num_rows)
         def _():
-            copies.start(row, block, slot, low(row), contexts[row])
+            copies.start(row, block, slot, walk.low(row), contexts[row])
 
-            @pl.when(block == first_block(row))
+            @pl.when(block == walk.first_block(row))
             def _():
                 query_copy(row).start()
 
@@ -156,33 +145,19 @@ def _kernel(
         row, block, slot, ahead_row, ahead_block = state
         start(ahead_row, ahead_block, lax.rem(slot + config.buffers - 1, config.buffers))
 
-        @pl.when(block == first_block(row))
+        @pl.when(block == walk.first_block(row))
         def _():
             query_copy(row).wait()
             top[...] = sinks[...]
             total[...] = jnp.where(sinks[...] > MASKED, 1.0, 0.0)
             acc[...] = jnp.zeros_like(acc)
 
-        copies.wait(block, slot, low(row), contexts[row])
+        copies.wait(block, slot, walk.low(row), contexts[row])
         query = queries.at[lax.rem(row, config.buffers)]
         attend = partial(_attend, query, top, total, acc, cap=config.cap)
-        begins, ends = low(row) - block * block_tokens, contexts[row] - block * block_tokens
-        whole = (begins <= 0) & (ends >= block_tokens)
-
-        @pl.when(whole)
-        def _():
-            attend(pages.at[slot], None)
-
-        @pl.when(jnp.logical_not(whole))
-        def _():
-            part = config.part_pages * pool.shape[3]
-
-            @pl.loop(jnp.maximum(begins, 0) // part, (jnp.minimum(ends, block_tokens) + part - 1) // part)
-            def _(index):
-                within = pages.at[slot, pl.ds(index * config.part_pages, config.part_pages)]
-                attend(within, (begins - index * part, ends - index * part))
-
-        next_row, next_block = following(row, block)
+        begins, ends = walk.low(row) - block * block_tokens, contexts[row] - block * block_tokens
+        _attend_block(pages.at[slot], begins, ends, config.part_pages, attend)
+        next_row, next_block = walk.following(row, block)
 
         @pl.when(next_row != row)
         def _():
@@ -190,26 +165,49 @@ def _kernel(
             def _():
                 output_copy(row - config.buffers).wait()
 
-            lanes = acc.shape[2]
             for head in range(acc.shape[0]):
-                scale = 1.0 / total[head]
-                outputs[lax.rem(row, config.buffers), head] = acc[head] * spread(scale, lanes)
+                scale = spread(1.0 / total[head], acc.shape[2])
+                outputs[lax.rem(row, config.buffers), head] = acc[head] * scale
             output_copy(row).start()
 
-        return next_row, next_block, lax.rem(slot + 1, config.buffers), *following(ahead_row, ahead_block)
+        return (
+            next_row,
+            next_block,
+            lax.rem(slot + 1, config.buffers),
+            *walk.following(ahead_row, ahead_block),
+        )
 
     @pl.when(num_rows > 0)
     def _():
-        ahead = (jnp.int32(0), jnp.int32(first_block(0)))
+        first = ahead = (jnp.int32(0), walk.first_block(0))
         for slot in range(config.buffers - 1):
             start(*ahead, slot)
-            ahead = following(*ahead)
-        first = (jnp.int32(0), jnp.int32(first_block(0)), jnp.int32(0), *ahead)
+            ahead = walk.following(*ahead)
+        first = (*first, jnp.int32(0), *ahead)
         lax.while_loop(lambda state: state[0] < num_rows, step, first)
 
         @pl.loop(jnp.maximum(num_rows - config.buffers, 0), num_rows)
         def _(row):
             output_copy(row).wait()
+
+
+def _attend_block(pages, begins, ends, part_pages: int, attend) -> None:
+    """Attends positions [begins, ends) of a block: at once where that is all of it, else part by part with a mask."""
+    block_tokens = pages.shape[0] * pages.shape[3]
+    whole = (begins <= 0) & (ends >= block_tokens)
+
+    @pl.when(whole)
+    def _():
+        attend(pages, None)
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        part = part_pages * pages.shape[3]
+
+        @pl.loop(jnp.maximum(begins, 0) // part, (jnp.minimum(ends, block_tokens) + part - 1) // part)
+        def _(index):
+            within = pages.at[pl.ds(index * part_pages, part_pages)]
+            attend(within, (begins - index * part, ends - index * part))
 
 
 def _attend(query, top, total, acc, pages, seen, *, cap):
