@@ -52,7 +52,8 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()
-        if os.access(folder, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        is_own = os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+        if is_own and os.access(folder, os.W_OK):
             return folder
     except OSError:
         pass
