@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import jax.ffi
-import jaxlib
+from jaxlib import version as jaxlib_version
 
 SOURCES = Path(__file__).parent
 TARGETS = (
@@ -94,7 +94,9 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update(f"{jaxlib.__version__} {platform.machine()} {platform.system()} {_instructions()}".encode())
+    digest.update(
+        f"{jaxlib_version.__version__} {platform.machine()} {platform.system()} {_instructions()}".encode()
+    )
     return digest.hexdigest()[:20]
 
 
