@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jinfer.config import EngineConfig
 from jinfer.errors import ConfigError, ModelError
+from jinfer.layers.moe import MoESpec
 from jinfer.layers.parameter import Build
 from jinfer.mesh import make_mesh, named_sharding
 from jinfer.models.decoder import ModelSpec, Params, skeleton
@@ -54,7 +55,7 @@ def make_spec(config: ModelConfig, engine: EngineConfig, platform: str) -> Model
     """How `engine` builds the model on `platform` ("cpu", "gpu" or "tpu").
 
     Raises:
-      ConfigError: the heads cannot be divided among the devices.
+      ConfigError: the heads, or whole experts, cannot be divided among the devices.
     """
     tensor, heads, kv_heads = (
         engine.tensor_parallel_size,
@@ -66,6 +67,8 @@ def make_spec(config: ModelConfig, engine: EngineConfig, platform: str) -> Model
             f"tensor_parallel_size is {tensor} and the model has {heads} attention heads and {kv_heads} KV heads: "
             "it must divide the first, and divide the second or be a multiple of it"
         )
+    if engine.enable_expert_parallel:
+        _check_whole_experts(config, tensor)
     loop = engine.layer_loop
     return ModelSpec(
         config=config,
@@ -78,6 +81,18 @@ def make_spec(config: ModelConfig, engine: EngineConfig, platform: str) -> Model
         ),
         scan=loop == "scan" or (loop == "auto" and platform == "tpu"),
     )
+
+
+def _check_whole_experts(config: ModelConfig, devices: int) -> None:
+    counts = {layer.mlp.router.num_experts for layer in config.layers if isinstance(layer.mlp, MoESpec)}
+    if not counts:
+        raise ConfigError("enable_expert_parallel is set and the model has no experts: leave it out")
+    for count in counts:
+        if count % devices:
+            raise ConfigError(
+                f"enable_expert_parallel is set with tensor_parallel_size {devices} and the model has {count} "
+                "experts: it must divide them, or leave enable_expert_parallel out"
+            )
 
 
 def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:

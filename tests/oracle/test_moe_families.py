@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from transformers import AutoModelForCausalLM
 
-from jinfer import ModelError, forward, load_params
+from jinfer import ConfigError, ModelError, forward, load_params
 from jinfer.weights.mxfp4 import BLOCK, decode_mxfp4
 from tests.support.engines import greedy, run, small_engine
 from tests.support.families import SETTINGS, check_family, clear_model
@@ -204,6 +204,15 @@ def test_whole_experts_on_each_device(family, devices, tmp_path):
     outputs = run(engine, {name: (one.prompt, greedy(48)) for name, one in expected.items()})
     for name, one in expected.items():
         assert outputs[name].token_ids == one.tokens
+
+
+def test_whole_experts_that_cannot_be(tmp_path):
+    dense = make_model("llama", tmp_path / "dense")
+    with pytest.raises(ConfigError, match="the model has no experts"):
+        load_params(str(dense), enable_expert_parallel=True)
+    six = make_model("qwen2_moe", tmp_path / "six", **CASES["qwen2_moe"][0])
+    with pytest.raises(ConfigError, match="the model has 6 experts"):
+        load_params(str(six), enable_expert_parallel=True, tensor_parallel_size=4)
 
 
 def saved_fused(folder: Path, into: Path) -> Path:
