@@ -107,6 +107,7 @@ class Engine:
             max_num_waiting=config.max_num_waiting,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
+            recompute_beyond=self.model_config.recompute_length,
         )
         self.end_ids = frozenset(self.tokenizer.eos_ids) | frozenset(self.model_config.eos_token_ids)
         self.end_ids |= generation_end_ids(config.generation_config, self.folder)

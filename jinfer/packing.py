@@ -115,7 +115,7 @@ def slot_fields(request: Request) -> np.ndarray:
     )
     seed = request.seed & 0xFFFF_FFFF_FFFF_FFFF
     row[8:10] = np.array([seed & 0xFFFF_FFFF, seed >> 32], np.uint32).view(np.int32)
-    row[10] = request.num_prompt_tokens
+    row[10] = max(request.num_prompt_tokens, request.num_recomputed)
     row[11] = request.num_prompt_tokens + p.min_tokens
     return row
 

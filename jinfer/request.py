@@ -81,6 +81,9 @@ class Request:
     num_in_flight: int = 0
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
+    num_recomputed: int = (
+        0  # tokens it had when it was computed anew, see Scheduler.recompute_beyond; 0: it was not
+    )
     scheduled_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None

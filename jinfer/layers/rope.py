@@ -106,6 +106,7 @@ class Rotary:
 
         lengths: where angles depend on it, the sequence length that each token's angles are for: the prompt's for its
         tokens, and position + 1 for a generated one. Each token depends on its own request alone, however chunked.
+        For longrope a sequence that has grown beyond `original` is computed anew, and all its tokens are the prompt's.
         """
         where = positions.astype(jnp.float32)[:, None]
         if self.kind == "longrope" and lengths is not None:

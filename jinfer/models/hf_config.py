@@ -80,6 +80,11 @@ class ModelConfig:
         """Sequences no longer than this have rotary angles that do not depend on their length; None: all have."""
         return min((rotary.original for rotary in self.rotaries if rotary.depends_on_length), default=None)
 
+    @property
+    def recompute_length(self) -> int | None:
+        """A sequence that grows beyond it gets other rotary angles from its start on; None: none does."""
+        return min((rotary.original for rotary in self.rotaries if rotary.kind == "longrope"), default=None)
+
     def map_layers(self, change: Callable[[int, LayerSpec], LayerSpec]) -> ModelConfig:
         """This config with layer i replaced by change(i, layer i)."""
         return dataclasses.replace(self, layers=tuple(change(i, spec) for i, spec in enumerate(self.layers)))

@@ -52,11 +52,15 @@ class Scheduler:
     groups: one per kind of layers, see `jinfer.cache.groups`.
 
     The request's fields `state`, `slot`, `num_computed`, `num_in_flight`, `num_cached`, `num_preemptions`,
-    `output_token_ids`, `finish_reason`, `stop_reason` and its times are written here and nowhere else.
+    `num_recomputed`, `cacheable` (only to False), `output_token_ids`, `finish_reason`, `stop_reason` and its
+    times are written here and nowhere else.
 
     enable_prefix_caching=False: only forks (requests with a leader) look into the cache, to share the prompt
     pages of their group; the caller gives the group a `cache_salt` of its own, and cacheable=False to every
     other request.
+
+    recompute_beyond: a sequence that grows beyond so many tokens is computed anew, since the KV of all its tokens is
+    then another, and shares no pages from then on.
 
     Counters: prefix_queries and prefix_hits (prompt tokens looked up and found, once per request),
     preemptions, allocated_tokens and used_tokens (summed over steps and layers: room in the pages in use, and how
@@ -74,6 +78,7 @@ class Scheduler:
         max_num_waiting: int,
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
+        recompute_beyond: int | None = None,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
@@ -87,6 +92,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_num_waiting = max_num_waiting
         self.policy = check_policy(policy)
+        self.recompute_beyond = recompute_beyond
         self.running = RunningSet(
             groups,
             page_size,
@@ -206,6 +212,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, or None if nothing can run before a commit or an `add`."""
+        self._recompute_grown()
         preemptions = self.preemptions
         filled: list[Entry] = []  # entries whose pages this step fills
         rows = self._decode_rows(filled)
@@ -228,6 +235,15 @@ class Scheduler:
         step = self._next_step
         self._next_step += 1
         return Batch(step, rows, num_decode_rows, self.max_num_batched_tokens - budget, admitted)
+
+    def _recompute_grown(self) -> None:
+        """Sends back those whose next token is the first beyond `recompute_beyond`, to be computed anew."""
+        if self.recompute_beyond is None:
+            return
+        for entry in list(self.running.entries):
+            start = entry.request.num_computed
+            if start == self.recompute_beyond and start >= entry.prefill_end and entry.to_sample:
+                self._preempt(entry)
 
     def _decode_rows(self, filled: list[Entry]) -> list[BatchRow]:
         """One row for every running entry that decodes and may sample another token."""
@@ -282,10 +298,15 @@ class Scheduler:
         while budget and self.running.free_slots:
             entry = self.queue.head()
             # A preempted request waits until all its tokens are known, to be computed again.
-            if entry is None or entry.request.num_in_flight or not self.running.admit(entry):
+            if entry is None or entry.request.num_in_flight:
+                break
+            request = entry.request
+            if self.recompute_beyond is not None and request.num_known_tokens > self.recompute_beyond:
+                # Cached pages of its beginning were computed for a shorter sequence.
+                request.cacheable, request.num_recomputed = False, request.num_known_tokens
+            if not self.running.admit(entry):
                 break
             self.queue.remove(entry)
-            request = entry.request
             self._note_admission(request)
             admitted.append(request)
             table_start = min(held.first for held in entry.held)

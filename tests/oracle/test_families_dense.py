@@ -185,6 +185,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+def test_longrope_changes_while_a_sequence_grows(tmp_path):
+    """A sequence that passes the original length is computed anew with the other factors, as transformers does."""
+    settings = replace(SETTINGS, prompt_lengths=(40, 64, 30, 65), tensor_parallel_sizes=(1,))
+    check_family("phi3", tmp_path, settings, num_key_value_heads=2, **longrope(6, original=64))
+
+
 # Two of a family's models run on two devices and two on four.
 DEVICES = [(2, 1), (4, 1), (4, 2, 1)]
 
