@@ -97,6 +97,23 @@ def test_pages_that_do_not_fit_are_told():
     assert spilled == [(1, 6, 26), (1, 7, 27), (1, 8, 28)]
 
 
+def test_page_groups_share_places_and_have_their_own_pages():
+    two = dataclasses.replace(MIXED, num_groups=2)
+    assert two.size == MIXED.size + MIXED.num_page_updates
+    decoding, found = request([1, 2], 2, [3]), request(range(20), 1)
+    rows = [
+        BatchRow(decoding, 2, 8, 1, True, True, 1, [[5], [6]]),
+        BatchRow(found, 1, 16, 4, False, True, 0, [[7, 8, 9], [0, 3, 4]]),
+    ]
+    part, spilled = sections(Batch(0, rows, 1, 5, [found]), two)
+    assert spilled == []
+    assert part["page_slot"].tolist() == [2, 1, 1, 1, 4, 4]
+    assert part["page_index"][:4].tolist() == [1, 0, 1, 2]
+    assert part["page_id"].reshape(2, 6)[:, :4].tolist() == [[5, 7, 8, 9], [6, 0, 3, 4]]
+    _, spilled = pack(Batch(0, rows, 1, 5, [found]), dataclasses.replace(two, num_page_updates=3))
+    assert spilled == [(1, 2, 9, 4)]
+
+
 def test_parameters_travel_as_their_bits():
     values: dict[str, Any] = {
         "temperature": 0.7,

@@ -7,6 +7,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jinfer import Engine, SamplingParams
@@ -199,6 +202,28 @@ def test_scanned_and_on_two_devices(models):
     engine = small_engine(folder, max_num_seqs=2, layer_loop="scan", tensor_parallel_size=2)
     for _ in range(2):
         assert_expected(run(engine, requests("21", "130")), expected)
+
+
+def test_what_stands_in_pages_given_back_reaches_nobody(models):
+    """Not even a NaN, which a weight of 0 would not silence."""
+    folder, expected = models("some")
+    engine = small_engine(folder, enable_prefix_caching=False)
+    for name, (prompt, params) in requests().items():
+        engine.add_request(name, prompt, params)
+    deltas = []
+    while engine.has_unfinished:
+        deltas += engine.step()
+        pools = []
+        for pool, plan, group in zip(
+            engine.runner.kv, engine.kv_plan.groups, engine.scheduler.groups, strict=True
+        ):
+            free = [page for page in range(1, plan.pages) if group.pool.refcount(page) == 0]
+            ids = np.add.outer(np.arange(len(plan.layers)) * plan.pages, free).ravel().astype(int)
+            pools.append(jnp.asarray(np.asarray(pool)).at[ids].set(jnp.nan))
+        engine.runner.kv = jax.device_put(
+            tuple(pools), jax.tree.map(lambda pool: pool.sharding, engine.runner.kv)
+        )
+    assert_expected({name: output for (name, _), output in collect(deltas).items()}, expected)
 
 
 @pytest.mark.parametrize(("loop", "devices"), [("unroll", 1), ("scan", 2)])
