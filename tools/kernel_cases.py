@@ -10,6 +10,7 @@ from typing import Any
 
 MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
 PAGE_SIZE = 32
+GPU_KERNELS = ("paged_attention",)  # the ops with a Mosaic GPU kernel
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,9 @@ def test_kernels_compile_for_tpus(target):
     result = run("kernels", "--target", target, "--model", "phi-3-mini")
     assert result.returncode == 0, result.stdout
     assert [row[1:3] for row in rows_of(result.stdout, target)] == [
-        ["paged_attention decode, phi-3-mini", "yes"],
-        ["paged_attention mixed, phi-3-mini", "yes"],
-        ["flash_attention prefill, phi-3-mini", "yes"],
+        ["paged_attention decode, phi-3-mini, tpu", "yes"],
+        ["paged_attention mixed, phi-3-mini, tpu", "yes"],
+        ["flash_attention prefill, phi-3-mini, tpu", "yes"],
     ]
 
 
@@ -138,6 +138,12 @@ def test_every_model_is_checked_at_the_heads_that_one_device_has():
     gemma = heads["gemma-2-9b"]
     assert (gemma.head_dim, gemma.window, gemma.soft_cap) == (256, 4096, 50.0)
     assert heads["phi-3-mini"].head_dim == 96
+
+
+def test_a_gpu_without_wgmma_is_compiled_for_with_xla():
+    b200 = {case.implementation for case in kernels.cases(targets.find("B200"), ["llama-3-8b"])}
+    assert b200 == {"xla"}
+    assert "gpu" in {case.implementation for case in kernels.cases(H200, ["llama-3-8b"])}
 
 
 def test_heads_that_do_not_divide_are_refused():

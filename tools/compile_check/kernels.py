@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tools.kernel_cases import Case, read_heads
-from tools.targets import Target, ask_child
+from tools.kernel_cases import GPU_KERNELS, Case, read_heads
+from tools.targets import GPUTarget, Target, ask_child
 
-HEADER = "| target | kernel | compiles | seconds | temporaries MB |\n|---|---|---|---|---|"
+HEADER = "| target | kernel, implementation | compiles | seconds | temporaries MB |\n|---|---|---|---|---|"
+HOPPER = 9  # the generation whose wgmma the GPU kernels use
 SPLIT = {"llama-3-70b": 8}  # a model that one device does not hold: heads as one device of so many has them
 
 
@@ -26,7 +27,7 @@ class Result:
         """What is wrong, or None."""
         if self.answer["error"]:
             return self.answer["error"]
-        if not self.answer["kernels"]:
+        if not self.answer["kernels"] and self.case.implementation != "xla":
             return "the program holds no kernel"
         if self.answer["alias_bytes"] < self.answer["kv_bytes"]:
             return "the KV pool is copied"
@@ -38,22 +39,42 @@ class Result:
 
 
 def cases(target: Target, models: list[str], ops: str | None = None) -> list[Case]:
-    """Decode, mixed and prefill of each model; for Llama-3-8B quantized KV beside bf16."""
+    """Decode, mixed and prefill of each model; for Llama-3-8B on TPU quantized KV beside bf16.
+
+    Where the op has no kernel for the target, the XLA path that it then takes is compiled.
+    """
     wanted = ops.split(",") if ops else ["paged_attention", "flash_attention"]
     found = []
     for model in models:
         heads = read_heads(model)
         heads = heads.share(SPLIT[model]) if model in SPLIT else heads
         if "paged_attention" in wanted:
-            paged = [Case("paged_attention", phase, heads, target.kind) for phase in ("decode", "mixed")]
+            name = implementation(target, "paged_attention")
+            paged = [Case("paged_attention", phase, heads, name) for phase in ("decode", "mixed")]
             found += paged
             if model == "llama-3-8b" and target.kind == "tpu":  # the GPU kernels read bf16 pages alone
                 found += [
                     replace(case, kv_dtype=dtype) for dtype in ("int8", "float8_e4m3fn") for case in paged
                 ]
         if "flash_attention" in wanted:
-            found.append(Case("flash_attention", "prefill", heads, target.kind, rows=1, context=8192))
+            found.append(
+                Case(
+                    "flash_attention",
+                    "prefill",
+                    heads,
+                    implementation(target, "flash_attention"),
+                    rows=1,
+                    context=8192,
+                )
+            )
     return found
+
+
+def implementation(target: Target, op: str) -> str:
+    """What automatic choice takes on such a device."""
+    if isinstance(target, GPUTarget) and (target.major != HOPPER or op not in GPU_KERNELS):
+        return "xla"
+    return target.kind
 
 
 def check(target: Target, todo: list[Case]) -> Iterator[Result]:
@@ -75,7 +96,8 @@ def line(result: Result) -> str:
     temporaries = "" if said else f"{result.answer['temp_bytes'] / 1e6:.1f}"
     verdict = "yes" if said is None else "**no**: " + " ".join(said.split())[:300].replace("|", "/")
     seconds = f"{result.answer['seconds']:.1f}"
-    return f"| {result.target} | {result.case.name} | {verdict} | {seconds} | {temporaries} |"
+    name = f"{result.case.name}, {result.case.implementation}"
+    return f"| {result.target} | {name} | {verdict} | {seconds} | {temporaries} |"
 
 
 def missing_line(target: Target, reason: str) -> str:

@@ -38,27 +38,31 @@ def compile_model(request: dict[str, Any], devices: list[Any], kind: str) -> dic
     except ImplementationError:
         attention = "xla"
         decode, mixed = compile_steps(folder, devices, **sizes, attention=attention)
-    weights = weight_bytes(folder, devices, request["tensor"])
-    return {"attention": attention, "weight_bytes": weights, "decode": asdict(decode), "mixed": asdict(mixed)}
+    return {"attention": attention, "decode": asdict(decode), "mixed": asdict(mixed)}
 
 
-def weight_bytes(folder: Path, devices: list[Any], tensor: int) -> int:
-    """Bytes of the parameters on one device."""
-    import jax
+def weight_bytes(folder: Path, tensor: int) -> int:
+    """Bytes of the parameters on one of `tensor` devices, in bfloat16."""
+    from jax.sharding import NamedSharding
 
     from jinfer.config import EngineConfig
-    from jinfer.mesh import make_mesh
+    from jinfer.mesh import abstract_mesh, partition_spec
+    from jinfer.models.decoder import skeleton
     from jinfer.models.hf_config import read_config
-    from jinfer.models.loading import make_spec, targets
+    from jinfer.models.loading import make_spec
 
     engine = EngineConfig(model=str(folder), tensor_parallel_size=tensor, dtype="bfloat16")
-    spec = make_spec(read_config(folder), engine, "tpu" if devices[0].platform == "tpu" else "gpu")
-    leaves = jax.tree.leaves(targets(spec, make_mesh(tensor, devices)))
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    mesh, total = abstract_mesh(tensor), 0
+    for param in skeleton(make_spec(read_config(folder), engine, "tpu"))[2].values():
+        value = param.get_value()
+        spec = partition_spec(param.get_metadata()["logical_axes"], value.shape, mesh)
+        total += math.prod(NamedSharding(mesh, spec).shard_shape(value.shape)) * value.dtype.itemsize
+    return total
 
 
-def static_facts(folder: Path) -> dict[str, Any]:
-    """What the config alone says: family, parameters, KV bytes of a token. Needs no accelerator's compiler."""
+def static_facts(folder: Path, tensor: int) -> dict[str, Any]:
+    """What the config alone says: family, parameters, weights of one of `tensor` devices, KV bytes of a token. Needs no
+    accelerator's compiler."""
     from jinfer.config import EngineConfig
     from jinfer.kv_plan import full_plan
     from jinfer.models.decoder import skeleton
@@ -74,6 +78,7 @@ def static_facts(folder: Path) -> dict[str, Any]:
     return {
         "family": config.model_type,
         "parameters": sum(math.prod(p.get_value().shape) for p in skeleton(spec)[2].values()),
+        "weight_bytes": weight_bytes(folder, tensor),
         "kv_bytes_per_token": sum(g.page_bytes for g in plan.groups) // PAGE_SIZE,
         "windowed_kv_bytes_per_token": sum(g.page_bytes for g in windowed) // PAGE_SIZE,
         "windows": sorted({g.kind.window for g in windowed if g.kind.window is not None}),

@@ -2,8 +2,10 @@
 
     python -m tools.compile_check.models                                       # every model of configs/models
     python -m tools.compile_check.models --model qwen3-8b,phi-2 --write docs/models.md
+    python -m tools.compile_check.models --facts --write docs/models.md        # compile nothing
 
-Weights and KV are shapes alone. `--write` puts the rows into the page's table and leaves its other rows as they are.
+Weights and KV are shapes alone. `--write` puts the rows into the page's table and leaves its other rows as they are;
+with `--facts` it adds what the configurations alone say, for models that have no row yet.
 Exit code 1 if a model does not compile or copies KV pages that should be updated in place, 2 if the compiler is not
 installed.
 """
@@ -26,6 +28,7 @@ HEADER = (
     "KV against full attention | attention | temporaries MB, decode | prefill |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
+NOT_COMPILED = "–"
 GIB = 1024**3
 # Four devices unless the heads do not divide among them: 10 KV heads divide among two.
 DEVICES = {"phi-3-medium": 2}
@@ -39,10 +42,12 @@ class Row:
     model: str
     devices: int
     facts: dict[str, Any]
-    compiled: dict[str, Any]
+    compiled: dict[str, Any] | None
 
     @property
     def problem(self) -> str | None:
+        if self.compiled is None:
+            return None
         for name in ("decode", "mixed"):
             step = self.compiled[name]
             if step["alias_bytes"] < step["kv_bytes"]:
@@ -56,38 +61,45 @@ class Row:
             share = f"{f['kv_fraction']:.3f} at {f['longest']:,} tokens"
         else:
             windows = share = ""
+        found = [NOT_COMPILED] * 3
+        if c is not None:
+            found = [c["attention"], *(f"{c[step]['temp_bytes'] / 1e6:.1f}" for step in ("decode", "mixed"))]
         cells = (
             self.model,
             f["family"],
             f"{f['parameters'] / 1e9:.2f}e9",
             str(self.devices),
-            f"{c['weight_bytes'] / GIB:.2f}",
+            f"{f['weight_bytes'] / GIB:.2f}",
             f"{f['kv_bytes_per_token']:,}",
             windows,
             share,
-            c["attention"],
-            f"{c['decode']['temp_bytes'] / 1e6:.1f}",
-            f"{c['mixed']['temp_bytes'] / 1e6:.1f}",
+            *found,
         )
         return f"| {' | '.join(cells)} |"
 
 
 def compile_row(name: str, target: Any, *, rows: int, tokens: int, context: int) -> Row:
     """Raises ChildError if it does not compile."""
-    folder, devices = MODELS / name, DEVICES.get(name, 4)
+    folder, devices, facts = MODELS / name, DEVICES.get(name, 4), facts_of(name)
     request = {
         "folder": str(folder),
         "tensor": devices,
         "rows": rows,
         "tokens": tokens,
-        "context": min(context, static_facts(folder)["longest"]),
+        "context": min(context, facts["longest"]),
     }
     compiled = targets.run_child("tools.compile_check.model_child", target, request)
-    return Row(name, devices, static_facts(folder), compiled)
+    return Row(name, devices, facts, compiled)
+
+
+def facts_of(name: str) -> dict[str, Any]:
+    """What a model's configuration says."""
+    return static_facts(MODELS / name, DEVICES.get(name, 4))
 
 
 def merge(page: str, rows: list[str]) -> str:
-    """The page with these rows in its table, in the order of their names; other rows stay.
+    """The page with these rows in its table, in the order of their names; other rows stay, and so does one that was
+    compiled where the new one is not.
 
     Raises:
       ValueError: the page has no table.
@@ -97,7 +109,10 @@ def merge(page: str, rows: list[str]) -> str:
     before, _, rest = page.partition(BEGIN)
     table, _, after = rest.partition(END)
     found = [line for line in table.splitlines() if line.startswith("| ") and line != HEADER[0]]
-    kept = {_name(line): line for line in found} | {_name(line): line for line in rows}
+    kept = {_name(line): line for line in found}
+    for line in rows:
+        if NOT_COMPILED not in line or NOT_COMPILED in kept.get(_name(line), NOT_COMPILED):
+            kept[_name(line)] = line
     lines = [BEGIN, *HEADER, *(kept[name] for name in sorted(kept)), END]
     return before + "\n".join(lines) + after
 
@@ -124,10 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--context", type=int, default=4096, help="tokens per sequence, or what the model knows"
     )
+    parser.add_argument("--facts", action="store_true", help="compile nothing: what the configurations say")
     parser.add_argument("--write", metavar="FILE.md", type=Path, help="page whose table gets the rows")
     options = parser.parse_args(arguments)
     target = targets.find(options.target)
-    reason = target.missing()
+    reason = None if options.facts else target.missing()
     if reason is not None:
         print(f"{target.name}: {reason}", file=sys.stderr)
         return 2
