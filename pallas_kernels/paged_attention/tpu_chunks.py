@@ -255,25 +255,32 @@ def _attend_block(pages, softmax, size: int, cap: float | None, walk: TileWalk, 
 def _load_tile(queries, softmax, size: int) -> None:
     """Orders a tile's queries by KV head, query head and token, and starts their softmax."""
     stacked, top, total, acc, _, sinks = softmax
-    num_kv_heads, lanes = stacked.shape[0], stacked.shape[2]
+    num_kv_heads, _, lanes = stacked.shape
     group = queries.shape[1] // num_kv_heads
-    for head in range(queries.shape[1]):
-        rows = pl.ds(head % group * size, size)
-        stacked[head // group, rows, :] = queries[:size, head, :].astype(stacked.dtype)
-        sink = jnp.broadcast_to(sinks[head], (size, LANES))
-        top[head // group, rows, :] = sink
-        total[head // group, rows, :] = jnp.where(sink > MASKED, 1.0, 0.0)
-        acc[head // group, rows, :] = jnp.zeros((size, lanes), jnp.float32)
+
+    @pl.loop(0, num_kv_heads)
+    def _(kv_head):
+        for index in range(group):
+            head, rows = kv_head * group + index, pl.ds(index * size, size)
+            stacked[kv_head, rows, :] = queries[:size, head, :].astype(stacked.dtype)
+            sink = jnp.broadcast_to(sinks[head], (size, LANES))
+            top[kv_head, rows, :] = sink
+            total[kv_head, rows, :] = jnp.where(sink > MASKED, 1.0, 0.0)
+            acc[kv_head, rows, :] = jnp.zeros((size, lanes), jnp.float32)
 
 
 def _store_tile(outputs, softmax, size: int) -> None:
+    """Divides by the softmax's sums, and puts the results back in the order of tokens."""
     _, _, total, acc, _, _ = softmax
     num_kv_heads, _, lanes = acc.shape
     group = outputs.shape[1] // num_kv_heads
-    for head in range(outputs.shape[1]):
-        rows = pl.ds(head % group * size, size)
-        scale = 1.0 / total[head // group, rows, :]
-        outputs[:size, head, :] = acc[head // group, rows, :] * spread(scale, lanes)
+
+    @pl.loop(0, num_kv_heads)
+    def _(kv_head):
+        for index in range(group):
+            rows = pl.ds(index * size, size)
+            scale = 1.0 / total[kv_head, rows, :]
+            outputs[:size, kv_head * group + index, :] = acc[kv_head, rows, :] * spread(scale, lanes)
 
 
 def _attend(pages, softmax, size: int, cap: float | None, fetched) -> None:
