@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +11,6 @@ from typing import Any
 
 MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
 PAGE_SIZE = 32
-GPU_KERNELS = ("paged_attention",)  # the ops with a Mosaic GPU kernel
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,12 @@ def read_heads(model: str) -> Heads:
         window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
         soft_cap=config.get("attn_logit_softcapping"),
     )
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """The names that the op's registry knows."""
+    module = importlib.import_module(f"pallas_kernels.{op}.api")
+    return module.REGISTRY.names
 
 
 def models() -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tools.kernel_cases import GPU_KERNELS, Case, read_heads
+from tools.kernel_cases import Case, implementations, read_heads
 from tools.targets import GPUTarget, Target, ask_child
 
 HEADER = "| target | kernel, implementation | compiles | seconds | temporaries MB |\n|---|---|---|---|---|"
@@ -72,7 +72,7 @@ def cases(target: Target, models: list[str], ops: str | None = None) -> list[Cas
 
 def implementation(target: Target, op: str) -> str:
     """What automatic choice takes on such a device."""
-    if isinstance(target, GPUTarget) and (target.major != HOPPER or op not in GPU_KERNELS):
+    if isinstance(target, GPUTarget) and (target.major != HOPPER or "gpu" not in implementations(op)):
         return "xla"
     return target.kind
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tools.kernel_cases import GPU_KERNELS, Case, Heads, read_heads
+from tools.kernel_cases import Case, Heads, implementations, read_heads
 
 
 def shapes() -> list[Heads]:
@@ -23,7 +23,7 @@ def default_cases(kind: str) -> list[Case]:
     for heads in (read_heads("llama-3-8b"), read_heads("gemma-2-9b"), read_heads("phi-3-mini")):
         cases.append(Case("flash_attention", "prefill", heads, kind, rows=1, context=8192))
     if kind == "gpu":
-        return [case for case in cases if case.op in GPU_KERNELS]
+        return [case for case in cases if "gpu" in implementations(case.op)]
     return [both for case in cases for both in (case, _jax_twin(case)) if both is not None]
 
 
