@@ -191,10 +191,15 @@ def softmax_step(
 def capped(logits: jax.Array, scale: jax.Array, soft_cap: float | None) -> jax.Array:
     """Logits of softmax in units of log2: scaled, and capped when there is a cap.
 
-    tanh is made from exp2: the chip's own approximation is off by 2**-11 of the cap.
+    tanh is made from exp2: the chip's own approximation is off by 2**-11 of the cap. Of cap (1 - 2 / (e^2x + 1)) the
+    leading cap is left out, for a softmax does not change when all its logits move; `sink_logits` moves along.
     """
     if soft_cap is None:
         return logits * (scale * LOG2_E)
     twice = jnp.exp2(logits * (scale * (2 * LOG2_E / soft_cap)))
-    # 1 - 2 / (e^2x + 1): at the ends 1 and -1, also where e^2x is infinite or zero.
-    return soft_cap * LOG2_E - (2 * soft_cap * LOG2_E) / (twice + 1.0)
+    return (-2 * soft_cap * LOG2_E) / (twice + 1.0)  # right at the ends too, where e^2x is infinite or zero
+
+
+def sink_logits(sinks: jax.Array, soft_cap: float | None) -> jax.Array:
+    """Sinks in the units, and with the shift, of `capped`."""
+    return (sinks.astype(jnp.float32) - (soft_cap or 0.0)) * LOG2_E

@@ -22,7 +22,6 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_parts import (
-    LOG2_E,
     NEGATIVE,
     accumulate,
     along_rows,
@@ -36,6 +35,7 @@ from pallas_kernels.gpu_parts import (
     num_blocks_at_once,
     product_transposed,
     row_iota,
+    sink_logits,
     softmax_step,
 )
 
@@ -53,6 +53,7 @@ class TileConfig:
       stages: blocks of keys, and as many of values, in flight.
       num_blocks: persistent blocks, one per streaming multiprocessor.
       alternate: consumers take turns with the tensor cores.
+      fetched: places of copies that the producer holds at once.
       consumer_registers, producer_registers: per thread, multiples of 8.
     """
 
@@ -60,14 +61,20 @@ class TileConfig:
     stages: int
     num_blocks: int
     alternate: bool = True
+    fetched: int = 2
     consumer_registers: int = 240
     producer_registers: int = 24
 
 
 def tile_config(head_dim: int) -> TileConfig:
-    """Blocks of 128 keys where an accumulator of that width fits beside the result's, two stages of both."""
-    kv_tokens = 128 if head_dim <= 128 else 64
-    return TileConfig(kv_tokens, 2, num_blocks_at_once())
+    """Blocks of 128 keys where an accumulator of that width fits beside the result's, two stages of both.
+
+    The registers of the three warpgroups sum to what a multiprocessor has. Wide heads leave the producer few.
+    """
+    num_blocks = num_blocks_at_once()
+    if head_dim <= 96:
+        return TileConfig(128, 2, num_blocks, fetched=4, consumer_registers=216, producer_registers=72)
+    return TileConfig(128 if head_dim <= 128 else 64, 2, num_blocks)
 
 
 @dataclass(frozen=True)
@@ -129,10 +136,9 @@ class Tile:
         return fields[jnp.argsort(self.low - self.high)]
 
 
-# fetch(row, KV block, group, half, first, *operands): where the keys (half 0) or values (half 1) of a block come from,
-# as matrices of equal size in order, from the first-th on and at most FETCHED of them.
+# fetch(row, KV block, group, half, copies, *operands): where the keys (half 0) or values (half 1) of a block come from:
+# one matrix for each of `copies`, a range of the block's equal parts.
 Fetch = Callable[..., list[Any]]
-FETCHED = 4  # the producer has few registers: the places of more copies at once would spill
 
 
 def run_tiles(
@@ -169,7 +175,7 @@ def run_tiles(
     extra, extra_scratch = [], {}
     if shape.has_sinks:
         assert sinks is not None
-        per_row = sinks.astype(jnp.float32).reshape(groups, heads) * LOG2_E
+        per_row = sink_logits(sinks, shape.soft_cap).reshape(groups, heads)
         extra.append(per_row[:, jnp.arange(ROWS) % heads])
         extra_scratch["sink_smem"] = plgpu.SMEM((CONSUMERS, ROWS), jnp.float32)
     if shape.tree_words:
@@ -205,10 +211,9 @@ def _scratch(shape: TileShape) -> dict[str, Any]:
         "out_smem": plgpu.SMEM((CONSUMERS, ROWS, COLUMNS), jnp.bfloat16),
         "q_full": plgpu.Barrier(num_arrivals=per_consumer, num_barriers=CONSUMERS),
         "q_free": plgpu.Barrier(num_barriers=CONSUMERS),
-        "k_full": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=config.stages),
-        "v_full": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=config.stages),
-        "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages),
-        "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages),
+        # Of keys, then of values: the phases of one array of barriers share a register.
+        "kv_full": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=2 * config.stages),
+        "kv_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2 * config.stages),
         "v_clean": plgpu.Barrier(num_barriers=config.stages),
         "turns": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
@@ -306,25 +311,23 @@ def _produce(refs: _Refs, fetch: Fetch, shape: TileShape):
 
         def one_block(block, done):
             stage = lax.rem(done, jnp.int32(stages))
-            for half, memory, full, free in (
-                (0, refs.k_smem, refs.k_full, refs.k_free),
-                (1, refs.v_smem, refs.v_full, refs.v_free),
-            ):
-                pl.when(done >= stages)(partial(plgpu.barrier_wait, free.at[stage]))
-                for first in range(0, shape.copies, FETCHED):
-                    sources = fetch(tile.row, block, group, half, first, *refs.operands)
-                    for i, source in enumerate(sources, first):
+            for half, memory in enumerate((refs.k_smem, refs.v_smem)):
+                barrier = half * stages + stage
+                pl.when(done >= stages)(partial(plgpu.barrier_wait, refs.kv_free.at[barrier]))
+                for begin in range(0, shape.copies, shape.config.fetched):
+                    copies = range(begin, min(begin + shape.config.fetched, shape.copies))
+                    sources = fetch(tile.row, block, group, half, copies, *refs.operands)
+                    for i, source in zip(copies, sources):
                         target = memory.at[stage, pl.ds(i * tokens, tokens)]
-                        plgpu.copy_gmem_to_smem(source, target, full.at[stage])
+                        plgpu.copy_gmem_to_smem(source, target, refs.kv_full.at[barrier])
             return done + 1
 
         lax.fori_loop(first, stop, one_block, done)
 
     count, done = _each_unit(refs, shape, one_tile)
     # The barriers end with every phase seen, which is also when nothing reads shared memory any more.
-    for stage in range(stages):
-        pl.when(done > stage)(partial(plgpu.barrier_wait, refs.k_free.at[stage]))
-        pl.when(done > stage)(partial(plgpu.barrier_wait, refs.v_free.at[stage]))
+    for barrier in range(2 * stages):
+        pl.when(done > barrier % stages)(partial(plgpu.barrier_wait, refs.kv_free.at[barrier]))
     for consumer in range(CONSUMERS):
         pl.when(count > 0)(partial(plgpu.barrier_wait, refs.q_free.at[consumer]))
 
@@ -343,7 +346,7 @@ def _consume(refs: _Refs, me, shape: TileShape):
             in_accumulator(jnp.zeros((ROWS, shape.head_dim), jnp.float32)),
         )
         whole = _seen_whole(tile, me, first, stop, shape)
-        step = partial(_one_block, refs, me, tile, group, first, done, whole, meet, shape)
+        step = partial(_one_block, refs, me, item, group, done - first, whole, meet, shape)
         if shape.config.alternate:
             pl.when(me == 1)(meet)
         carry = lax.fori_loop(first, stop, step, carry)
@@ -372,19 +375,20 @@ def _seen_whole(tile: Tile, me, first, stop, shape: TileShape):
     return begin, jnp.clip(lax.div(seen, jnp.int32(size)), begin, stop)
 
 
-def _one_block(refs: _Refs, me, tile: Tile, group, first, done, whole, meet, shape: TileShape, block, carry):
+def _one_block(refs: _Refs, me, item, group, done, whole, meet, shape: TileShape, block, carry):
+    """One turn of a consumer. What only a block at an edge needs is read there: registers are short."""
     config = shape.config
-    size = config.kv_tokens
+    start = block * config.kv_tokens
     top, total, sums = carry
-    stage = lax.rem(done + block - first, jnp.int32(config.stages))
-    plgpu.barrier_wait(refs.k_full.at[stage])
+    stage = lax.rem(done + block, jnp.int32(config.stages))
+    plgpu.barrier_wait(refs.kv_full.at[stage])
     logits = product_transposed(refs.q_smem.at[me], refs.k_smem.at[stage], meet if config.alternate else None)
-    plgpu.barrier_arrive(refs.k_free.at[stage])
+    plgpu.barrier_arrive(refs.kv_free.at[stage])
     logits = capped(logits, refs.scale[group], shape.soft_cap)
     edge = (block < whole[0]) | (block >= whole[1])
 
     def mask(logits):
-        return jnp.where(_visible(refs, me, tile, block * size, shape), logits, NEGATIVE)
+        return jnp.where(_visible(refs, me, _read_tile(refs, item), start, shape), logits, NEGATIVE)
 
     logits = lax.cond(edge, mask, lambda logits: logits, logits)
     weights, top, total, shrink = softmax_step(logits, top, total)
@@ -393,18 +397,17 @@ def _one_block(refs: _Refs, me, tile: Tile, group, first, done, whole, meet, sha
     weights, top, total, sums = lax.optimization_barrier((weights, top, total, sums))
     if config.alternate:
         meet()
-    plgpu.barrier_wait(refs.v_full.at[stage])
-    _clean_values(refs, me, stage, tile, block * size)
+    plgpu.barrier_wait(refs.kv_full.at[config.stages + stage])
+    pl.when(edge)(lambda: _clean_values(refs, me, stage, _read_tile(refs, item), start))
     sums = accumulate(sums, weights, refs.v_smem.at[stage])
-    plgpu.barrier_arrive(refs.v_free.at[stage])
+    plgpu.barrier_arrive(refs.kv_free.at[config.stages + stage])
     return top, total, sums
 
 
 def _clean_values(refs: _Refs, me, stage, tile: Tile, start):
-    """Consumer 0 clears what no query sees; consumer 1 waits for it."""
-    size = refs.v_smem.shape[1]
+    """Consumer 0 clears what no query of the tile sees; consumer 1, for whom this is an edge too, waits for it."""
 
-    @pl.when((start < tile.low) | (start + size > tile.high))
+    @pl.when((start < tile.low) | (start + refs.v_smem.shape[1] > tile.high))
     def _():
         @pl.when(me == 0)
         def _():

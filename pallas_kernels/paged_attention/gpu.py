@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu_parts import why_not_here
-from pallas_kernels.gpu_tiles import CONSUMERS, FETCHED, TileShape, run_tiles
+from pallas_kernels.gpu_tiles import CONSUMERS, TileShape, run_tiles
 from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
 from pallas_kernels.paged_attention.gpu_config import decode_config, prompt_config
 from pallas_kernels.paged_attention.gpu_decode import DecodeShape, attend_decode
@@ -150,8 +150,7 @@ def _attend_prompts(q, kv, batch: RaggedBatch, page_offset, qk_scale, sinks, dec
     tiles, num_tiles = cut_prompts(batch, q.shape[0], CONSUMERS * shape.tokens, window)
     table = whole_blocks(batch.page_table, decode.page_size, config.kv_tokens)
 
-    def fetch(row, block, group, half, first, pool, table, offset):
-        some = range(first, min(first + FETCHED, copies))
+    def fetch(row, block, group, half, some, pool, table, offset):
         head = group if decode.tiles == 1 else jax.lax.div(group, jnp.int32(decode.tiles))
         return [
             pool.at[(2 * (page + offset[0]) + half) * decode.kv_heads + head, slot]

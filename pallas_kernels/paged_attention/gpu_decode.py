@@ -19,7 +19,6 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_parts import (
-    LOG2_E,
     NEGATIVE,
     accumulate,
     along_rows,
@@ -31,6 +30,7 @@ from pallas_kernels.gpu_parts import (
     iota,
     matrix,
     product_transposed,
+    sink_logits,
     softmax_step,
 )
 from pallas_kernels.paged_attention.gpu_config import DecodeConfig
@@ -97,7 +97,9 @@ def attend_decode(
     parts, tops, totals = _run_pieces(q, kv, pieces, page_offset, qk_scale, shape)
     if sinks is None:
         sinks = jnp.full((num_heads,), NEGATIVE, jnp.float32)
-    joined = _join(parts, tops, totals, pieces, sinks * LOG2_E, num_rows, shape)
+    else:
+        sinks = sink_logits(sinks, shape.soft_cap)
+    joined = _join(parts, tops, totals, pieces, sinks, num_rows, shape)
     return joined[..., :head_dim]
 
 
