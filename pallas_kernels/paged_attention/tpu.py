@@ -1,6 +1,10 @@
 """Paged attention on TPU (v5e, v5p, v6e, 7x) with Pallas kernels: decode rows and prompt chunks each have their own.
 
 See `tpu_pages` for the pool's layout, `tpu_decode` and `tpu_chunks` for the kernels, `tpu_write` for new tokens.
+
+Pages of int8 are widened as they are read, which hides behind their fetch: on v6e, 1,357 bundles per 1,024 tokens of 8
+heads of 128 where the fetch takes 2,240 cycles. v6e has no instruction that widens float8_e4m3fn: the same takes 4,122, so
+there fp8 pages save memory and not time.
 """
 
 from __future__ import annotations
