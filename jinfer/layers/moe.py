@@ -198,9 +198,9 @@ class Experts(nnx.Module):
 
         place = jnp.zeros_like(order).at[order].set(row, unique_indices=True)
         y = y[place].reshape(num_tokens, chosen, embed)
-        # Rows of no group may hold anything, NaN too, and so may padded tokens.
-        parts = jnp.where(mine[:, :, None], y.astype(jnp.float32) * weights[:, :, None], 0.0)
-        total = jnp.sum(parts, axis=1).astype(x.dtype)
+        # Rows of no group may hold anything, NaN too, and so may padded tokens: neither may meet the other, even as 0.
+        parts = jnp.where(mine[:, :, None], y.astype(jnp.float32), 0.0)
+        total = jnp.sum(parts * jnp.where(mine, weights, 0.0)[:, :, None], axis=1).astype(x.dtype)
         axes = tuple(axis for axis in (self.expert_axis, self.inner_axis) if axis is not None)
         return lax.psum(total, axes) if axes else total
 
