@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import AUTO, Registry
-from pallas_kernels.flash_attention import reference, tpu, xla
+from pallas_kernels.flash_attention import gpu, reference, tpu, xla
 from pallas_kernels.flash_attention.spec import AttentionSpec
 
 FLOATS = ("float32", "bfloat16")
@@ -46,6 +46,7 @@ REGISTRY: Registry[Implementation] = Registry(
 REGISTRY.add("reference", cast(Implementation, reference))
 REGISTRY.add("xla", cast(Implementation, xla))
 REGISTRY.add("tpu", cast(Implementation, tpu))
+REGISTRY.add("gpu", cast(Implementation, gpu))
 
 
 def attend(
