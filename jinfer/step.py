@@ -165,20 +165,22 @@ def _ragged_batches(
 ) -> list[pa.RaggedBatch]:
     """The step's rows, once for each page group with its own table."""
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(part["row_count"], dtype=jnp.int32)])
-    first_token = part["row_context"] - part["row_count"]
+    context = part["row_context"]
     place = jnp.arange(plan.pages_per_slot, dtype=jnp.int32)
+    behind = place >= (context[:, None] + plan.page_size - 1) // plan.page_size
     batches = []
     for group, tables in zip(plan.groups, state.page_tables, strict=True):
-        table = tables[part["row_slot"]]
+        # Outside of what a row sees its table names pages that have other owners by now. Their contents would get
+        # weight 0, but 0 times another sequence's NaN is NaN.
+        unseen = behind
         if (window := group.kind.window) is not None:
-            # Pages that lie before the window have other owners by now. Their contents would get weight 0, but 0 times
-            # another sequence's NaN is NaN.
-            first_page = jnp.maximum(first_token - window + 1, 0) // plan.page_size
-            table = jnp.where(place < first_page[:, None], NULL_PAGE, table)
+            first_page = jnp.maximum(context - part["row_count"] - window + 1, 0) // plan.page_size
+            unseen |= place < first_page[:, None]
+        table = jnp.where(unseen, NULL_PAGE, tables[part["row_slot"]])
         batches.append(
             pa.RaggedBatch(
                 query_starts=starts,
-                context_lens=part["row_context"],
+                context_lens=context,
                 page_table=table,
                 num_decode_rows=part["head"][NUM_DECODE],
                 num_rows=part["head"][NUM_LIVE],
