@@ -64,17 +64,12 @@ def test_tables_equal_those_of_transformers(name, theta):
     kind, values = name.split()[0], KINDS[name]
     length = 3 * LENGTH  # for dynamic: beyond the original length
     original = values.get("original_max_position_embeddings", LENGTH)
-    rotary = Rotary(
-        DIM,
-        theta,
-        kind,
-        original=original,
-        **{
-            NAMES.get(k, k): tuple(v) if isinstance(v, list) else v
-            for k, v in values.items()
-            if not k.startswith("original")
-        },
-    )
+    told: dict[str, Any] = {
+        NAMES.get(k, k): tuple(v) if isinstance(v, list) else v
+        for k, v in values.items()
+        if not k.startswith("original")
+    }
+    rotary = Rotary(DIM, theta, kind, original=original, **told)
     positions = jnp.arange(length, dtype=jnp.int32)
     cos, sin = rotary.tables(positions, jnp.full(length, length, jnp.int32))
     expected_cos, expected_sin = hf_tables(kind, values, theta, length)
