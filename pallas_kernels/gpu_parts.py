@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.experimental.pallas as pl
@@ -115,7 +115,7 @@ def row_iota(rows: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
 
 
-def along_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
@@ -140,7 +140,7 @@ def product_transposed(a: Any, b: Any, meanwhile: Callable[[], None] | None = No
             meanwhile()
         return accumulator[...]
 
-    return pl.run_scoped(compute, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+    return pl.run_scoped(compute, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[0]), jnp.float32))
 
 
 def accumulate(accumulator: jax.Array, a: jax.Array, b: Any) -> jax.Array:
@@ -151,7 +151,7 @@ def accumulate(accumulator: jax.Array, a: jax.Array, b: Any) -> jax.Array:
     def compute(reference):
         plgpu.wgmma(reference, a, b)
 
-    return pl.run_state(compute)(plgpu.ACC.init(accumulator))
+    return cast(jax.Array, pl.run_state(compute)(plgpu.WGMMAAccumulatorRef.init(accumulator)))
 
 
 def clear_outside(values: Any, low: jax.Array, high: jax.Array) -> None:
@@ -160,9 +160,7 @@ def clear_outside(values: Any, low: jax.Array, high: jax.Array) -> None:
     A slot where no token was written may hold anything, NaN too, and weight 0 times NaN is NaN.
     """
     rows, columns = values.shape
-    width = (
-        64 if columns > 128 else columns
-    )  # at once: more would not fit the registers beside a wide accumulator
+    width = swizzle_for(columns) // 2  # at once: more would not fit the registers beside a wide accumulator
     for column in range(0, columns, width):
         part = values.at[:, pl.ds(column, width)]
         row = iota((rows, width), 0)
