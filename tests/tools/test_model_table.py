@@ -8,8 +8,7 @@ import pytest
 
 from jinfer.models.family import MODEL_TYPES
 from tools.compile_check import models
-from tools.compile_check.model_child import static_facts
-from tools.compile_check.models import BEGIN, END, HEADER, MODELS, Row, merge, names
+from tools.compile_check.models import BEGIN, END, HEADER, MODELS, NOT_COMPILED, Row, facts_of, merge, names
 
 PAGE = MODELS.parents[1] / "docs" / "models.md"
 
@@ -46,24 +45,25 @@ def test_every_family_has_a_model():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_models_have_the_published_number_of_parameters(name):
-    assert static_facts(MODELS / name)["parameters"] / 1e9 == pytest.approx(PARAMETERS[name], abs=0.006)
+    assert facts_of(name)["parameters"] / 1e9 == pytest.approx(PARAMETERS[name], abs=0.006)
 
 
 def test_kv_bytes_follow_from_heads_and_windows():
-    gemma = static_facts(MODELS / "gemma-3-27b")
+    gemma = facts_of("gemma-3-27b")
     # 62 layers of 16 heads of 128, keys and values, two bytes each; 52 of them with a window of 1024.
     assert gemma["kv_bytes_per_token"] == 62 * 16 * 128 * 2 * 2
     assert gemma["windowed_kv_bytes_per_token"] == 52 * 16 * 128 * 2 * 2
     assert gemma["windows"] == [1024]
     assert 10 / 62 < gemma["kv_fraction"] < 10 / 62 + 0.02
-    qwen = static_facts(MODELS / "qwen2.5-7b")  # its config names a window and says that it is not used
+    qwen = facts_of("qwen2.5-7b")  # its config names a window and says that it is not used
     assert (qwen["windows"], qwen["kv_fraction"]) == ([], 1.0)
 
 
-def row(name: str, temporaries: int = 5_000_000, aliased: int = 100) -> Row:
+def row(name: str, temporaries: int | None = 5_000_000, aliased: int = 100) -> Row:
     facts = {
         "family": "llama",
         "parameters": 8_030_261_248,
+        "weight_bytes": 2**30,
         "kv_bytes_per_token": 131072,
         "windowed_kv_bytes_per_token": 65536,
         "windows": [128],
@@ -71,7 +71,8 @@ def row(name: str, temporaries: int = 5_000_000, aliased: int = 100) -> Row:
         "kv_fraction": 0.5,
     }
     step = {"temp_bytes": temporaries, "alias_bytes": aliased, "kv_bytes": 100}
-    return Row(name, 4, facts, {"attention": "tpu", "weight_bytes": 2**30, "decode": step, "mixed": step})
+    compiled = {"attention": "tpu", "decode": step, "mixed": step}
+    return Row(name, 4, facts, None if temporaries is None else compiled)
 
 
 def test_rows_take_their_place_in_the_page():
@@ -87,6 +88,9 @@ def test_rows_take_their_place_in_the_page():
         *("b", "llama", "8.03e9", "4", "1.00", "131,072", "65,536 (128)"),
         *("0.500 at 8,192 tokens", "tpu", "9.0", "9.0"),
     ]
+    page = merge(page, [str(row("a", None)), str(row("c", None))])
+    assert merge(page, [str(row("c"))]).count(NOT_COMPILED) == 0  # and "a" keeps what was compiled
+    assert page.count(NOT_COMPILED) == 3
     with pytest.raises(ValueError, match="expected one"):
         merge("no table", [])
 
@@ -96,13 +100,13 @@ def test_copied_pages_are_a_problem():
     assert "99 of 100 bytes are aliased" in str(row("a", aliased=99).problem)
 
 
-def test_rows_of_the_page_are_of_these_configurations():
+def test_the_page_has_a_row_for_every_model():
     table = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
-    assert {cells[0].strip() for cells in rows} <= set(names())
+    assert [cells[0].strip() for cells in rows] == names()
     for cells in rows:
         name = cells[0].strip()
-        facts = static_facts(MODELS / name)
+        facts = facts_of(name)
         assert cells[1].strip() == facts["family"]
         assert cells[5].strip() == f"{facts['kv_bytes_per_token']:,}"
         assert float(cells[4]) * 2**30 * int(cells[3]) >= 2 * facts["parameters"] * 0.99

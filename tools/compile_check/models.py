@@ -13,6 +13,7 @@ installed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +153,20 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         print(f"unknown models {', '.join(unknown)}: use some of {', '.join(names())}", file=sys.stderr)
         return 1
+    os.environ["JAX_PLATFORMS"] = (
+        "cpu"  # before jax is imported: only the child may reach for the target's library
+    )
     print("\n".join(HEADER), flush=True)
     status = 0
     for name in chosen:
         try:
-            row = compile_row(name, target, rows=options.rows, tokens=options.tokens, context=options.context)
+            row = (
+                Row(name, DEVICES.get(name, 4), facts_of(name), None)
+                if options.facts
+                else compile_row(
+                    name, target, rows=options.rows, tokens=options.tokens, context=options.context
+                )
+            )
         except targets.ChildError as error:
             print(f"{name} does not compile for {target.name}: {error}", file=sys.stderr, flush=True)
             status = 1
