@@ -9,8 +9,11 @@ mode: races of copies from shared to global memory, and the layouts themselves, 
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -27,6 +30,7 @@ NEGATIVE = -1e30  # stands for minus infinity where a difference of two of them 
 WARPGROUP = 128  # threads
 SMEM_BYTES = 227 * 1024  # of one block on Hopper
 STREAMING_MULTIPROCESSORS = 132  # of an H100 or H200 with SXM; what a device says of itself goes first
+TABLE = Path(__file__).with_name("gpu_table.json")
 HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 
@@ -68,6 +72,19 @@ def num_blocks_at_once() -> int:
     if described is None and current_platform() == "gpu":
         return getattr(jax.devices()[0], "core_count", None) or STREAMING_MULTIPROCESSORS
     return STREAMING_MULTIPROCESSORS
+
+
+@functools.cache
+def _table(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def measured(kernel: str, head_dim: int) -> dict[str, int]:
+    """What the table has for this device: fields of the kernel's config that go before the heuristic's.
+
+    The table is `{device name: {kernel: {head size: {field: value}}}}`; a device's name is jax's `device_kind`.
+    """
+    return _table(TABLE).get(target_kind() or "", {}).get(kernel, {}).get(str(head_dim), {})
 
 
 def swizzle_for(head_dim: int) -> int:

@@ -11,7 +11,7 @@ The caller says where a block of keys or values comes from (`Fetch`), so pages a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from pallas_kernels.gpu_parts import (
     iota,
     load_rows,
     matrix,
+    measured,
     num_blocks_at_once,
     product_transposed,
     row_iota,
@@ -71,10 +72,10 @@ def tile_config(head_dim: int) -> TileConfig:
 
     The registers of the three warpgroups sum to what a multiprocessor has. Wide heads leave the producer few.
     """
-    num_blocks = num_blocks_at_once()
+    config = TileConfig(128 if head_dim <= 128 else 64, 2, num_blocks_at_once())
     if head_dim <= 96:
-        return TileConfig(128, 2, num_blocks, fetched=4, consumer_registers=216, producer_registers=72)
-    return TileConfig(128 if head_dim <= 128 else 64, 2, num_blocks)
+        config = replace(config, fetched=4, consumer_registers=216, producer_registers=72)
+    return replace(config, **measured("tiles", head_dim))
 
 
 @dataclass(frozen=True)

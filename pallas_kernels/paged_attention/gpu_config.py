@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pallas_kernels.gpu_parts import SMEM_BYTES, num_blocks_at_once
+from pallas_kernels.gpu_parts import SMEM_BYTES, measured, num_blocks_at_once
 from pallas_kernels.gpu_tiles import TileConfig, tile_config
 
 
@@ -31,7 +31,8 @@ def decode_config(page_size: int, head_dim: int) -> DecodeConfig:
     block = 2 * kv_tokens * head_dim * 2
     fixed = 2 * 64 * head_dim * 2 + 2 * 64 * 64 * 4 + 8192
     stages = min(8, (SMEM_BYTES - fixed) // block // 2 * 2)
-    return DecodeConfig(kv_tokens, stages, num_blocks_at_once())
+    config = DecodeConfig(kv_tokens, stages, num_blocks_at_once())
+    return replace(config, **measured("decode", head_dim))
 
 
 def prompt_config(page_size: int, head_dim: int) -> TileConfig:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import ImplementationError
+from pallas_kernels import ImplementationError, gpu_parts
 from pallas_kernels.flash_attention import attend, gpu
-from pallas_kernels.gpu_tiles import TileConfig
+from pallas_kernels.gpu_tiles import TileConfig, tile_config
+from pallas_kernels.paged_attention.gpu_config import decode_config
 from tests.support.gpu_interpreter import gpu_interpreted
 
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -56,3 +57,15 @@ def test_refuses_what_it_cannot_serve(shape, dtype, reason):
     q, k, v = (x.astype(dtype) for x in arrays(*shape))
     with pytest.raises(ImplementationError, match=reason):
         attend(q, k, v, scale=0.125, implementation="gpu")
+
+
+def test_the_table_of_a_device_goes_before_the_heuristic(monkeypatch, tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text('{"NVIDIA H200": {"tiles": {"128": {"stages": 3}}, "decode": {"64": {"stages": 6}}}}')
+    monkeypatch.setattr(gpu_parts, "TABLE", table)
+    monkeypatch.setattr(gpu_parts, "target_kind", lambda: "NVIDIA H200")
+    assert tile_config(128).stages == 3
+    assert tile_config(64).stages == 2
+    assert decode_config(16, 64).stages == 6
+    monkeypatch.setattr(gpu_parts, "target_kind", lambda: "NVIDIA H100 80GB HBM3")
+    assert tile_config(128).stages == 2
