@@ -14,12 +14,15 @@ from pallas_kernels.flash_attention import xla
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def make(batch=2, length=37, heads=4, kv_heads=2, head_dim=16, dtype="float32", seed=0):
+def make(
+    batch=2, length=37, heads=4, kv_heads=2, head_dim=16, dtype="float32", seed=0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     random = np.random.default_rng(seed)
-    return tuple(
+    q, k, v = (
         jnp.asarray(random.standard_normal((batch, length, h, head_dim)), dtype)
         for h in (heads, kv_heads, kv_heads)
     )
+    return q, k, v
 
 
 def compare(implementation, q, k, v, lengths, **options):
@@ -105,7 +108,9 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     def temporaries(length):
         shape = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
         run = jax.jit(lambda q, k, v: fa.attend(q, k, v, scale=0.25, implementation="xla"))
-        return run.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+        memory = run.lower(shape, shape, shape).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert temporaries(16384) < 6 * temporaries(4096)
 

@@ -64,6 +64,7 @@ def test_kernel_equals_the_reference_without_races(small_blocks, name):
     wanted = fa.attend(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="reference", **options)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
         got = jax.block_until_ready(fa.attend(q, k, v, implementation="tpu", **options))
+    assert interpret_pallas_call.races is not None
     assert not interpret_pallas_call.races.races_found
     assert got.dtype == q.dtype
     assert np.isfinite(np.asarray(got, np.float32)).all()
