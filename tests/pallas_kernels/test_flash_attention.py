@@ -85,13 +85,15 @@ def test_xla_in_many_blocks_equals_the_reference(small_blocks, causal, window):
 
 def check_xla(arrays, lengths, causal, window, soft_cap, sinks):
     sinks = jnp.linspace(-1.0, 2.0, arrays[0].shape[2], dtype=jnp.float32) if sinks else None
-    compare("xla", *arrays, lengths, causal=causal, sliding_window=window, soft_cap=soft_cap, sinks=sinks)
+    q, k, v = arrays
+    compare("xla", q, k, v, lengths, causal=causal, sliding_window=window, soft_cap=soft_cap, sinks=sinks)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (7, 1, 80), (6, 2, 96)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_xla_takes_any_ratio_of_heads_and_both_dtypes(heads, kv_heads, head_dim, dtype):
-    compare("xla", *make(1, 20, heads, kv_heads, head_dim, dtype), [20])
+    q, k, v = make(1, 20, heads, kv_heads, head_dim, dtype)
+    compare("xla", q, k, v, [20])
 
 
 def test_what_stands_behind_a_sequence_does_not_reach_it():
