@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jinfer.sampling.features import BAN, BIAS, HISTORY, LOGPROBS, MIN_P, RANDOM, TOP_K, TOP_P
 from jinfer.sampling.params import MAX_LOGPROBS
 
+VOCABULARY_PARTS = 64
 ARGMAX_BLOCK = 256
 NEVER = np.float32(-np.inf)  # numpy: a jax array here would start the backend on import
 BELOW_ONE = np.float32(1 - 2**-24)
@@ -113,18 +114,36 @@ def keep_min_p(logits: Array, min_p: Float[Array, "R"]) -> Array:
     return jnp.where((logits >= floor[:, None]) | (min_p <= 0)[:, None], logits, NEVER)
 
 
+def _parts(values: Float[Array, "R V"]) -> Float[Array, "R P W"]:
+    """The vocabulary cut into parts: as many as any mesh has devices where it divides, so that each device keeps its
+    own and no [R, V] array is gathered; else blocks, the last one padded."""
+    rows, vocab = values.shape
+    if vocab % VOCABULARY_PARTS == 0:
+        return values.reshape(rows, VOCABULARY_PARTS, -1)
+    padded = jnp.pad(values, ((0, 0), (0, -vocab % ARGMAX_BLOCK)), constant_values=-jnp.inf)
+    return padded.reshape(rows, -1, ARGMAX_BLOCK)
+
+
 def largest(values: Float[Array, "R V"]) -> Int[Array, "R"]:
     """argmax of each row, the first of equals.
 
-    By blocks: XLA's CPU backend reduces to a maximum with vectors, but to a maximum and its index number by number.
+    By parts: XLA's CPU backend reduces to a maximum with vectors, but to a maximum and its index number by number.
     Measured with 32 rows of 32,000: 0.3 ms in place of 2.3.
     """
-    rows, vocab = values.shape
-    padded = jnp.pad(values, ((0, 0), (0, -vocab % ARGMAX_BLOCK)), constant_values=-jnp.inf)
-    blocks = padded.reshape(rows, -1, ARGMAX_BLOCK)
-    block = jnp.argmax(jnp.max(blocks, axis=2), axis=1)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (block * ARGMAX_BLOCK + jnp.argmax(inside, axis=1)).astype(jnp.int32)
+    parts = _parts(values)
+    part = jnp.argmax(jnp.max(parts, axis=2), axis=1)
+    inside = jnp.take_along_axis(parts, part[:, None, None], axis=1)[:, 0]
+    return (part * parts.shape[2] + jnp.argmax(inside, axis=1)).astype(jnp.int32)
+
+
+def _top(logits: Float[Array, "R V"], count: int) -> tuple[Array, Array]:
+    """The `count` largest of each row and their indices, the first of equals first: the best of the parts' best."""
+    parts = _parts(logits)
+    rows, _, width = parts.shape
+    best, inside = lax.top_k(parts, min(count, width))
+    ids = (inside + jnp.arange(parts.shape[1])[:, None] * width).reshape(rows, -1)
+    top, which = lax.top_k(best.reshape(rows, -1), count)
+    return top, jnp.take_along_axis(ids, which, axis=1)
 
 
 def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
@@ -139,7 +158,8 @@ def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
     high, low = (jnp.broadcast_to(rows.seed[:, i : i + 1].astype(jnp.uint32), shape) for i in (0, 1))
     position = jnp.broadcast_to(rows.position[:, None].astype(jnp.uint32), shape)
     index = jnp.broadcast_to(jnp.arange(half, dtype=jnp.uint32), shape)
-    bits = jnp.concatenate(threefry2x32_p.bind(high, low, position, index), axis=1)[:, :vocab]
+    # Neighbours share a call, so that a part of the vocabulary needs no other part's.
+    bits = jnp.stack(threefry2x32_p.bind(high, low, position, index), axis=2).reshape(count, -1)[:, :vocab]
     # The winner's noise is large where `uniform` is small, and there a float32 keeps all 32 bits' worth: unlikely
     # tokens are drawn as often as they should be. At 1 the noise would be -inf, and the only token that the filters
     # left could lose to one of those they dropped.
@@ -153,7 +173,7 @@ def logprobs_of(logits: Array, tokens: Int[Array, "R"]) -> Logprobs:
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     rank = jnp.sum(logits > chosen, axis=1, dtype=jnp.int32) + 1
     count = min(MAX_LOGPROBS, logits.shape[1])
-    top, ids = lax.top_k(logits, count)
+    top, ids = _top(logits, count)
     pad = ((0, 0), (0, MAX_LOGPROBS - count))
     return Logprobs(
         (chosen - total)[:, 0],
