@@ -36,8 +36,10 @@ from jinfer.sampling.sample import Logprobs, logprobs_of, no_logprobs, sample
 from jinfer.slots import SlotState, row_params, write_pages
 from pallas_kernels import paged_attention as pa
 
-# Prompt log-probabilities are computed this many tokens at a time, so that no [T, V] array exists.
-LOGPROB_BLOCK = 64
+# What a step keeps beside the logits themselves, which at a vocabulary of 128,256 take 0.5 MB a row: tokens whose prompt
+# log-probabilities are computed together, and rows that are sampled together.
+LOGPROB_BLOCK, CPU_LOGPROB_BLOCK = 16, 64
+ROWS_SAMPLED_AT_ONCE = 8
 
 
 class Pooled(NamedTuple):
@@ -141,9 +143,14 @@ def make_step(spec: ModelSpec, mesh: Mesh, plan: KVPlan, shape: StepShape) -> Ca
         attend = paged_attend(mesh, plan, batches, kv, shape.num_tokens)
         hidden, kv = decoder(tokens, positions, attend, kv, lengths, batch.num_tokens)
         last = jnp.maximum(batch.query_starts[1:] - 1, 0)
-        state, output = _sample(decoder, hidden[last], state, part, shape)
+        # One after the other costs a CPU more than the memory is worth.
+        is_cpu = spec.build.platform == "cpu"
+        state, output = _sample(
+            decoder, hidden[last], state, part, shape, None if is_cpu else ROWS_SAMPLED_AT_ONCE
+        )
         if not shape.decode_only:
-            prompt = _prompt_logprobs(decoder, hidden, part)
+            block = CPU_LOGPROB_BLOCK if is_cpu else LOGPROB_BLOCK
+            prompt = _prompt_logprobs(decoder, hidden, part, block)
             output = output._replace(prompt=prompt, pooled=_pooled(hidden, batch, last, part))
         return kv, state, output
 
@@ -196,12 +203,15 @@ def _sample(
     state: SlotState,
     part: dict[str, Array],
     shape: StepShape,
+    at_once: int | None,
 ) -> tuple[SlotState, StepOutput]:
     slots = part["row_slot"]
     yields = part["row_sample"] != 0
     params = row_params(state.fields[slots], yields, part["row_context"])
     logits = decoder.logits(hidden)
-    tokens, logprobs = sample(logits, params, state.history, state.bias_ids, state.bias, state.end_ids, slots)
+    tokens, logprobs = sample(
+        logits, params, state.history, state.bias_ids, state.bias, state.end_ids, slots, at_once=at_once
+    )
     # Rows that yield nothing write to the trash slot.
     target = jnp.where(yields, slots, shape.trash_slot)
     state = replace(
@@ -212,15 +222,18 @@ def _sample(
     return state, StepOutput(tokens, logprobs)
 
 
-def _prompt_logprobs(decoder: Decoder, hidden: Float[Array, "T E"], part: dict[str, Array]) -> Logprobs:
-    """Log-probability of each token's successor in the prompt, if any row of the step asked."""
+def _prompt_logprobs(
+    decoder: Decoder, hidden: Float[Array, "T E"], part: dict[str, Array], block: int
+) -> Logprobs:
+    """Log-probability of each token's successor in the prompt, if any row of the step asked; `block` tokens at a time,
+    so that no [T, V] array exists."""
     num_tokens = hidden.shape[0]
 
     def compute(hidden: Array) -> Logprobs:
-        block = min(LOGPROB_BLOCK, num_tokens)
-        pad = -num_tokens % block
-        hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, block, hidden.shape[1])
-        targets = jnp.pad(part["targets"], (0, pad)).reshape(-1, block)
+        size = min(block, num_tokens)
+        pad = -num_tokens % size
+        hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, size, hidden.shape[1])
+        targets = jnp.pad(part["targets"], (0, pad)).reshape(-1, size)
         blocks = lax.map(lambda xs: logprobs_of(decoder.logits(xs[0]), xs[1]), (hidden, targets))
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_tokens], blocks)
 

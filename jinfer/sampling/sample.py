@@ -231,7 +231,7 @@ def choose(logits: Array, rows: RowParams) -> Int[Array, "R"]:
     return lax.cond((any_of & RANDOM) != 0, random, largest, logits)
 
 
-def sample(
+def _sample_rows(
     logits: Float[Array, "R V"],
     rows: RowParams,
     history: Int[Array, "S V"],
@@ -240,7 +240,6 @@ def sample(
     end_ids: Int[Array, "S N"],
     slots: Int[Array, "R"],
 ) -> tuple[Int[Array, "R"], Logprobs]:
-    """Tokens and, if any row asked, their log-probabilities. The tables are per slot and read only where needed."""
     any_of = lax.reduce(rows.features, jnp.int32(0), lax.bitwise_or, (0,))
     adjusted = lax.cond(
         (any_of & (HISTORY | BIAS | BAN)) != 0,
@@ -256,3 +255,30 @@ def sample(
         logits,
     )
     return tokens, logprobs
+
+
+def sample(
+    logits: Float[Array, "R V"],
+    rows: RowParams,
+    history: Int[Array, "S V"],
+    bias_ids: Int[Array, "S B"],
+    bias: Float[Array, "S B"],
+    end_ids: Int[Array, "S N"],
+    slots: Int[Array, "R"],
+    *,
+    at_once: int | None = None,
+) -> tuple[Int[Array, "R"], Logprobs]:
+    """Tokens and, if any row asked, their log-probabilities. The tables are per slot and read only where needed.
+
+    at_once: so many rows are sampled at a time, one block after the other, so that what sampling needs beside the
+      logits stays small; None: all of them.
+    """
+    count = logits.shape[0]
+    if at_once is None or count <= at_once or count % at_once:
+        return _sample_rows(logits, rows, history, bias_ids, bias, end_ids, slots)
+
+    def block(xs: tuple[Array, RowParams, Array]) -> tuple[Array, Logprobs]:
+        return _sample_rows(xs[0], xs[1], history, bias_ids, bias, end_ids, xs[2])
+
+    blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (logits, rows, slots))
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), lax.map(block, blocks))

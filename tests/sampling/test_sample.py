@@ -248,7 +248,7 @@ def test_unlikely_tokens_are_drawn_as_often_as_they_should_be():
     assert abs(rare - wanted) < LIMIT * wanted**0.5
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 1000])
+@pytest.mark.parametrize("vocab", [1, 2, 64, 255, 256, 257, 320, 1000])
 def test_largest_is_the_first_maximum(vocab):
     values = np.random.default_rng(vocab).integers(0, 5, (6, vocab)).astype(np.float32)
     values[0] = -np.inf
@@ -294,6 +294,26 @@ def test_logprobs_of_a_vocabulary_smaller_than_the_table():
     assert table.top_ids.shape == table.top.shape == (2, 20)
     assert np.isneginf(table.top[:, 6:]).all()
     np.testing.assert_allclose(np.exp(table.top[:, :6]).sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [64, 640, 6400, 700])
+def test_alternatives_are_the_best_of_the_parts_best(vocab):
+    values = np.random.default_rng(vocab).integers(0, 40, (3, vocab)).astype(np.float32)  # many are equal
+    table = logprobs_of(jnp.asarray(values), jnp.zeros(3, jnp.int32))
+    np.testing.assert_array_equal(table.top_ids, np.argsort(-values, axis=1, kind="stable")[:, :20])
+
+
+def test_rows_sampled_some_at_a_time_are_the_same():
+    requests = [request(SamplingParams(**case, logprobs=3), seed=i) for i, case in enumerate(CASES.values())]
+    requests = requests[: len(requests) // 3 * 3]
+    rows = rows_of(requests, NEXT)
+    logits = jnp.tile(jnp.asarray(LOGITS), (len(requests), 1))
+    params = row_params(rows.fields, jnp.ones(len(requests), bool), jnp.full(len(requests), NEXT, jnp.int32))
+    tokens, table = sample(logits, params, *rows.tables, rows.slots)
+    some, some_table = sample(logits, params, *rows.tables, rows.slots, at_once=3)
+    np.testing.assert_array_equal(some, tokens)
+    for one, other in zip(some_table, table, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_nobody_asked_for_logprobs():
