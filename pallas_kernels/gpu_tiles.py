@@ -75,6 +75,9 @@ def tile_config(head_dim: int) -> TileConfig:
     config = TileConfig(128 if head_dim <= 128 else 64, 2, num_blocks_at_once())
     if head_dim <= 96:
         config = replace(config, fetched=4, consumer_registers=216, producer_registers=72)
+    elif head_dim > 128:
+        # Taking turns needs registers that the wide accumulator does not leave: with it the compiler spills 16 bytes.
+        config = replace(config, alternate=False)
     return replace(config, **measured("tiles", head_dim))
 
 
