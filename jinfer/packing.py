@@ -127,12 +127,18 @@ def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, ..
     rows = batch.rows
     n = len(rows)
     view["row_slot"][n:] = shape.trash_slot
-    slots = [row.slot for row in rows]
-    counts = [row.count for row in rows]
-    view["row_slot"][:n] = slots
-    view["row_count"][:n] = counts
-    view["row_context"][:n] = [row.start + row.count for row in rows]
-    view["row_sample"][:n] = [row.samples for row in rows]
+    view["row_slot"][:n] = [row.slot for row in rows]
+    starts = [row.start for row in rows]
+    if shape.decode_only:  # one token each, and each is sampled
+        view["row_count"][:n] = view["row_sample"][:n] = 1
+        view["row_context"][:n] = starts
+        view["row_context"][:n] += 1
+    else:
+        counts = [row.count for row in rows]
+        view["row_count"][:n] = counts
+        view["row_context"][:n] = starts
+        view["row_context"][:n] += counts
+        view["row_sample"][:n] = [row.samples for row in rows]
     updates = [
         (row.slot, row.new_page_start + i, *pages)
         for row in rows
