@@ -309,8 +309,10 @@ def test_rows_sampled_some_at_a_time_are_the_same():
     rows = rows_of(requests, NEXT)
     logits = jnp.tile(jnp.asarray(LOGITS), (len(requests), 1))
     params = row_params(rows.fields, jnp.ones(len(requests), bool), jnp.full(len(requests), NEXT, jnp.int32))
-    tokens, table = sample(logits, params, *rows.tables, rows.slots)
-    some, some_table = sample(logits, params, *rows.tables, rows.slots, at_once=3)
+    history, bias_ids, bias, end_ids = rows.tables
+    arguments = logits, params, history, bias_ids, bias, end_ids, rows.slots
+    tokens, table = sample(*arguments)
+    some, some_table = sample(*arguments, at_once=3)
     np.testing.assert_array_equal(some, tokens)
     for one, other in zip(some_table, table, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
