@@ -231,32 +231,6 @@ def choose(logits: Array, rows: RowParams) -> Int[Array, "R"]:
     return lax.cond((any_of & RANDOM) != 0, random, largest, logits)
 
 
-def _sample_rows(
-    logits: Float[Array, "R V"],
-    rows: RowParams,
-    history: Int[Array, "S V"],
-    bias_ids: Int[Array, "S B"],
-    bias: Float[Array, "S B"],
-    end_ids: Int[Array, "S N"],
-    slots: Int[Array, "R"],
-) -> tuple[Int[Array, "R"], Logprobs]:
-    any_of = lax.reduce(rows.features, jnp.int32(0), lax.bitwise_or, (0,))
-    adjusted = lax.cond(
-        (any_of & (HISTORY | BIAS | BAN)) != 0,
-        lambda x: adjust(x, rows, history[slots], bias_ids[slots], bias[slots], end_ids[slots]),
-        lambda x: x,
-        logits,
-    )
-    tokens = choose(adjusted, rows)
-    logprobs = lax.cond(
-        (any_of & LOGPROBS) != 0,
-        lambda x: logprobs_of(x, tokens),
-        lambda x: no_logprobs(x.shape[0]),
-        logits,
-    )
-    return tokens, logprobs
-
-
 def sample(
     logits: Float[Array, "R V"],
     rows: RowParams,
@@ -274,11 +248,25 @@ def sample(
       logits stays small; None: all of them.
     """
     count = logits.shape[0]
-    if at_once is None or count <= at_once or count % at_once:
-        return _sample_rows(logits, rows, history, bias_ids, bias, end_ids, slots)
+    if at_once is not None and count > at_once and count % at_once == 0:
 
-    def block(xs: tuple[Array, RowParams, Array]) -> tuple[Array, Logprobs]:
-        return _sample_rows(xs[0], xs[1], history, bias_ids, bias, end_ids, xs[2])
+        def block(xs: tuple[Array, RowParams, Array]) -> tuple[Array, Logprobs]:
+            return sample(xs[0], xs[1], history, bias_ids, bias, end_ids, xs[2])
 
-    blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (logits, rows, slots))
-    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), lax.map(block, blocks))
+        blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (logits, rows, slots))
+        return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), lax.map(block, blocks))
+    any_of = lax.reduce(rows.features, jnp.int32(0), lax.bitwise_or, (0,))
+    adjusted = lax.cond(
+        (any_of & (HISTORY | BIAS | BAN)) != 0,
+        lambda x: adjust(x, rows, history[slots], bias_ids[slots], bias[slots], end_ids[slots]),
+        lambda x: x,
+        logits,
+    )
+    tokens = choose(adjusted, rows)
+    logprobs = lax.cond(
+        (any_of & LOGPROBS) != 0,
+        lambda x: logprobs_of(x, tokens),
+        lambda x: no_logprobs(x.shape[0]),
+        logits,
+    )
+    return tokens, logprobs

@@ -21,9 +21,7 @@ def matmul(weight: jax.Array, x: jax.Array) -> jax.Array:
     """
     if weight.ndim != 2 or x.ndim != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight has shape {weight.shape} and x {x.shape}: they must be [N, K] and [M, K]")
-    for name, value in (("weight", weight), ("x", x)):
-        if value.dtype != jnp.float32:
-            raise ValueError(f"{name} has dtype {value.dtype}: it must be float32")
+    _check_float32(weight=weight, x=x)
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
     return jax.ffi.ffi_call("pallas_kernels_matmul", out)(weight, x)
 
@@ -38,9 +36,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, offset: float = 0.0
     """
     if weight.ndim != 1 or x.ndim != 2 or weight.shape[0] != x.shape[1]:
         raise ValueError(f"x has shape {x.shape} and weight {weight.shape}: they must be [M, E] and [E]")
-    for name, value in (("x", x), ("weight", weight)):
-        if value.dtype != jnp.float32:
-            raise ValueError(f"{name} has dtype {value.dtype}: it must be float32")
+    _check_float32(x=x, weight=weight)
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     call = jax.ffi.ffi_call("pallas_kernels_rms_norm", out)
     return call(x, weight, eps=np.float32(eps), offset=np.float32(offset))
+
+
+def _check_float32(**arrays: jax.Array) -> None:
+    for name, value in arrays.items():
+        if value.dtype != jnp.float32:
+            raise ValueError(f"{name} has dtype {value.dtype}: it must be float32")
