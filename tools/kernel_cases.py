@@ -23,15 +23,18 @@ class Heads:
     head_dim: int
     window: int | None = None
     soft_cap: float | None = None
+    shared_values: bool = False  # latent attention: keys are the values too
 
     def share(self, devices: int) -> Heads:
         """What one device has when heads are split `devices` ways."""
-        if self.heads % devices or self.kv_heads % devices:
+        if self.heads % devices or (self.kv_heads % devices and not self.shared_values):
             raise ValueError(
                 f"{self.model}: {self.heads} and {self.kv_heads} heads do not divide by {devices}"
             )
         name = f"{self.model} / {devices}"
-        return replace(self, model=name, heads=self.heads // devices, kv_heads=self.kv_heads // devices)
+        # The one head of a latent is there once on each device.
+        kv_heads = self.kv_heads if self.shared_values else self.kv_heads // devices
+        return replace(self, model=name, heads=self.heads // devices, kv_heads=kv_heads)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ def read_heads(model: str) -> Heads:
     """From `configs/models/{model}/config.json`; a window only where the model uses it."""
     config = json.loads((MODELS / model / "config.json").read_text())
     heads = config["num_attention_heads"]
+    if "kv_lora_rank" in config:
+        width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+        return Heads(model=model, heads=heads, kv_heads=1, head_dim=width, shared_values=True)
     return Heads(
         model=model,
         heads=heads,
@@ -183,7 +189,13 @@ def _paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
     shape, tokens, name = case.heads, num_tokens(case), case.implementation
     pages = case.rows * -(-case.context // case.page_size) + 1
     pool = pa.kv_shape(
-        pages, case.page_size, shape.kv_heads, shape.head_dim, case.kv_dtype, implementation=name
+        pages,
+        case.page_size,
+        shape.kv_heads,
+        shape.head_dim,
+        case.kv_dtype,
+        shared_values=shape.shared_values,
+        implementation=name,
     )
 
     scales: dict[str, Any] = {"k_scale": 0.05, "v_scale": 0.05} if case.kv_dtype in pa_api.QUANTIZED else {}

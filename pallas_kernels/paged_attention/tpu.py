@@ -9,7 +9,7 @@ there fp8 pages save memory and not time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,7 +31,9 @@ from pallas_kernels.paged_attention.tpu_pages import (
 
 __all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
 
+SHARES_VALUES = True
 MAX_HEAD_DIM = 256
+MAX_SHARED_HEAD_DIM = 1024  # of keys that are the values too
 TABLE_BYTES = 512 * 1024  # of page ids for one kernel: half of the scalar memory
 
 
@@ -45,8 +47,10 @@ class TpuPlan:
 
 
 def why_not(spec: KVSpec) -> str | None:
-    if spec.head_dim > MAX_HEAD_DIM:
-        return f"head_dim is {spec.head_dim}: the TPU kernels take up to {MAX_HEAD_DIM}"
+    most = MAX_SHARED_HEAD_DIM if spec.shared_values else MAX_HEAD_DIM
+    if spec.head_dim > most:
+        kind = "shared keys and values" if spec.shared_values else "keys and values that are kept apart"
+        return f"head_dim is {spec.head_dim}: of {kind} the TPU kernels take up to {most}"
     if spec.page_size % sublanes(spec.dtype):
         return (
             f"page_size is {spec.page_size}: with pages of {spec.dtype.name} the TPU kernels take multiples of "
@@ -56,9 +60,9 @@ def why_not(spec: KVSpec) -> str | None:
 
 
 def kv_shape(spec: KVSpec) -> TpuPool:
-    num_slabs, lanes = lanes_of(spec.head_dim)
+    num_slabs, lanes = lanes_of(spec.head_dim, spec.shared_values)
     shape = (spec.num_pages, num_slabs, spec.num_kv_heads, spec.page_size, lanes)
-    return TpuPool(jax.ShapeDtypeStruct(shape, spec.dtype), spec.head_dim)
+    return TpuPool(jax.ShapeDtypeStruct(shape, spec.dtype), spec.head_dim, spec.shared_values)
 
 
 def kv_partition_spec(tensor_axis: str | None) -> PartitionSpec:
@@ -69,7 +73,8 @@ def kv_spec(kv: Any) -> KVSpec | None:
     if not isinstance(kv, TpuPool):
         return None
     num_pages, _, num_kv_heads, page_size, _ = kv.pages.shape
-    return KVSpec(num_pages, page_size, num_kv_heads, kv.head_dim, jnp.dtype(kv.pages.dtype))
+    dtype = jnp.dtype(kv.pages.dtype)
+    return KVSpec(num_pages, page_size, num_kv_heads, kv.head_dim, dtype, kv.shared_values)
 
 
 def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> TpuPlan:
@@ -78,10 +83,10 @@ def prepare(batch: RaggedBatch, num_tokens: int, spec: KVSpec) -> TpuPlan:
 
 
 def write_kv(kv: TpuPool, k, v, plan: TpuPlan, *, page_offset) -> TpuPool:
-    new = joined(k, v)
+    new = joined(k, v, kv.shared_values)
     tile = sublanes(kv.pages.dtype)
     pages = tpu_write.write(kv.pages, new, plan.writes, page_offset.reshape(1), tile)
-    return TpuPool(pages, kv.head_dim)
+    return replace(kv, pages=pages)
 
 
 def attend(
@@ -91,7 +96,13 @@ def attend(
     _, _, num_kv_heads, page_size, lanes = kv.pages.shape
     group = num_heads // num_kv_heads
     shape = tpu_blocks.Shape(
-        num_heads, num_kv_heads, kv.head_dim, page_size, kv.pages.dtype.name, plan.batch.page_table.shape[1]
+        num_heads,
+        num_kv_heads,
+        kv.head_dim,
+        page_size,
+        kv.pages.dtype.name,
+        plan.batch.page_table.shape[1],
+        kv.shared_values,
     )
     blocks = tpu_blocks.choose(shape, sliding_window)
     factor = jnp.full((num_heads,), scale / soft_cap if soft_cap else scale * LOG2_E, jnp.float32)
@@ -120,7 +131,7 @@ def attend(
             before = token < jnp.maximum(rows.query_starts[0], plan.batch.num_decode_rows)
             out = jnp.where(before[:, None, None], out, chunks)
     live = jnp.arange(num_tokens) < plan.batch.num_tokens
-    start = value_lane(kv.head_dim)
+    start = value_lane(kv.head_dim, kv.shared_values)
     out = jnp.where(live[:, None, None], out[:, :, start : start + head_dim], 0.0)
     if v_scale is not None:
         out *= jnp.repeat(v_scale, group)[:, None]

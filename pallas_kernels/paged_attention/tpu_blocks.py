@@ -37,6 +37,7 @@ class Shape:
     page_size: int
     dtype: str
     row_pages: int
+    shared_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def heuristic(shape: Shape, window: int | None, vmem: int, cores: int = 1) -> Bl
     # Two cores that are one device take half of the KV heads each.
     cores = cores if shape.num_kv_heads % cores == 0 else 1
     shape = replace(shape, num_heads=shape.num_heads // cores, num_kv_heads=shape.num_kv_heads // cores)
-    num_slabs, lanes = lanes_of(shape.head_dim)
+    num_slabs, lanes = lanes_of(shape.head_dim, shape.shared_values)
     item = jnp.dtype(shape.dtype).itemsize
     page_bytes = num_slabs * shape.num_kv_heads * shape.page_size * lanes * item
     longest = shape.row_pages * shape.page_size

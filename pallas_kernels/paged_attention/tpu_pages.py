@@ -5,6 +5,10 @@ pages of one head is already the [tokens, L] operand of a matrix product: no hea
 no page is re-laid. L is the head size rounded up to 128 lanes. Up to 64 lanes, keys and values share one slab (C = 1, keys
 in the lower lanes, values in the upper): queries get zeros in the upper lanes, so q [k | v]^T = q k^T, and of p [k | v]
 the upper lanes are p v. Then a head of 64 wastes nothing. Above 64, C = 2: keys, values.
+
+Where values are the keys (latent attention), C = 1 whatever the head size, and one slab is fetched once and multiplied
+twice. Its lanes are rounded up too: a latent of 576 numbers takes 640, since the chip's own tiles are 128 wide and would
+pad it in memory anyway.
 """
 
 from __future__ import annotations
@@ -32,16 +36,18 @@ class TpuPool:
 
     pages: Any  # jax.Array, or what stands for one: a shape, a sharding
     head_dim: int = field(metadata={"static": True})
+    shared_values: bool = field(default=False, metadata={"static": True})
 
 
-def lanes_of(head_dim: int) -> tuple[int, int]:
+def lanes_of(head_dim: int, shared_values: bool = False) -> tuple[int, int]:
     """(C, L) of a head size."""
-    return (1, LANES) if head_dim <= HALF else (2, -(-head_dim // LANES) * LANES)
+    lanes = -(-head_dim // LANES) * LANES
+    return (1, lanes) if shared_values or head_dim <= HALF else (2, lanes)
 
 
-def value_lane(head_dim: int) -> int:
+def value_lane(head_dim: int, shared_values: bool = False) -> int:
     """The lane of its slab in which a value begins."""
-    return HALF if head_dim <= HALF else 0
+    return HALF if head_dim <= HALF and not shared_values else 0
 
 
 def sublanes(dtype: Any) -> int:
@@ -49,10 +55,12 @@ def sublanes(dtype: Any) -> int:
     return 32 // jnp.dtype(dtype).itemsize
 
 
-def joined(k: jax.Array, v: jax.Array) -> jax.Array:
+def joined(k: jax.Array, v: jax.Array, shared_values: bool = False) -> jax.Array:
     """k and v [T, K, D] as rows of the pool's slabs: [T, C * K, L]."""
     head_dim = k.shape[2]
-    num_slabs, lanes = lanes_of(head_dim)
+    num_slabs, lanes = lanes_of(head_dim, shared_values)
+    if shared_values:
+        return jnp.pad(k, ((0, 0), (0, 0), (0, lanes - head_dim)))
     half = HALF if num_slabs == 1 else lanes
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, half - head_dim))) for x in (k, v))
     return jnp.concatenate([k, v], axis=3 - num_slabs)

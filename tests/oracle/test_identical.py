@@ -115,9 +115,8 @@ def test_arriving_while_others_run(folder, alone, crowd_options):
 def test_preempted(folder, alone, overlap):
     """The pool holds one long request and a half, so requests push each other out again and again."""
     engine = small_engine(folder, num_gpu_blocks_override=33, async_scheduling=overlap)
-    chosen = (17, 31, 4, 9, 16, 7, 28, 3)
-    outputs = run(engine, some(*chosen))
-    assert engine.stats().num_preemptions > 3
+    outputs = run(engine, some(*range(COUNT)))
+    assert engine.stats().num_preemptions > 10
     assert_same(outputs, alone)
 
 

@@ -96,4 +96,5 @@ def cost_of(root: Region, utilization: Utilization, case: Case, target: TPUTarge
 def bytes_per_token(case: Case) -> int:
     """Of the keys and values of one position, with the head size as the chip pads it."""
     width = -(-case.heads.head_dim // 128) * 128
-    return 2 * case.heads.kv_heads * width * {"float32": 4, "bfloat16": 2}.get(case.kv_dtype, 1)
+    kept = 1 if case.heads.shared_values else 2
+    return kept * case.heads.kv_heads * width * {"float32": 4, "bfloat16": 2}.get(case.kv_dtype, 1)
