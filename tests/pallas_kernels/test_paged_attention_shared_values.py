@@ -47,7 +47,7 @@ def test_the_pool_has_half_the_bytes():
 
 def test_implementations_that_keep_them_apart_say_so():
     with pytest.raises(ImplementationError, match="keeps keys and values apart"):
-        pa.kv_shape(4, 32, 1, 128, jnp.bfloat16, shared_values=True, implementation="tpu")
+        pa.kv_shape(4, 32, 1, 128, jnp.bfloat16, shared_values=True, implementation="gpu")
     # Automatic choice takes one that can.
     pool = pa.kv_shape(4, 8, 1, 16, jnp.float32, shared_values=True)
     assert isinstance(pool, jax.ShapeDtypeStruct)

@@ -55,6 +55,11 @@ def tpu_shape(**changes) -> Shape:
     return Shape(**{"num_rows": 4, "head_dim": 64, "pages_per_row": 6, "num_tokens": 28, **changes})
 
 
+def latent_shape(**changes) -> Shape:
+    """Keys that are the values, one head of them, of a size that is no multiple of the lanes."""
+    return tpu_shape(**{"shared_values": True, "kv_heads": 1, "heads": 4, "head_dim": 144, **changes})
+
+
 @st.composite
 def ragged_rows(draw, shape: Shape) -> tuple[list[Row], list[Row]]:
     """Decode rows and chunks: on and beside page edges, empty, one token, with long contexts, sharing pages, trees."""
@@ -111,6 +116,20 @@ SHAPES = {
         num_tokens=4, kv_dtype="int8", page_size=32, dtype="bfloat16", options={"soft_cap": 3.0}
     ),
     "fewer tokens than rows": tpu_shape(num_tokens=3),
+    "latents": latent_shape(),
+    "latents, window, cap, sinks": latent_shape(
+        head_dim=36, options={"sliding_window": 11, "soft_cap": 2.0, "sinks": True}
+    ),
+    "latents, trees, bfloat16": latent_shape(dtype="bfloat16", page_size=16, heads=16, tree_words=1),
+    "latents, int8": latent_shape(kv_dtype="int8", page_size=32, pages_per_row=3, dtype="bfloat16"),
+    "latents, decode": latent_shape(num_tokens=4, heads=9),
+    "latents, decode, fp8, window": latent_shape(
+        num_tokens=4,
+        kv_dtype="float8_e4m3fn",
+        page_size=32,
+        dtype="bfloat16",
+        options={"sliding_window": 40},
+    ),
 }
 
 
@@ -127,9 +146,10 @@ def test_agrees_with_the_reference(name):
     check()
 
 
-def test_what_an_earlier_owner_left_does_not_matter():
+@pytest.mark.parametrize("name", ["plain", "latents"])
+def test_what_an_earlier_owner_left_does_not_matter(name):
     """A NaN in a masked slot would pass through a product with weight 0."""
-    shape = SHAPES["plain"]
+    shape = SHAPES[name]
     step = make_step(shape, [Row(1, 9), Row(1, 17)], [Row(11, 11), Row(9, 25)])
     clean, _ = run(step, "tpu")
     dirty = np.array(step.kv)

@@ -16,6 +16,7 @@ from pallas_kernels.paged_attention.tpu_pages import TpuPool, joined, lanes_of
 from tests.support.ragged import plain_pool, tpu_pool
 
 LLAMA = tpu_blocks.Shape(32, 8, 128, 32, "bfloat16", 64)
+LATENT = tpu_blocks.Shape(4, 1, 576, 32, "bfloat16", 64, shared_values=True)
 MIB = 2**20
 
 
@@ -27,7 +28,10 @@ MIB = 2**20
             "page_size is 8: with pages of bfloat16 the TPU kernels take multiples of 16",
         ),
         ((16, 16, 2, 64, "int8"), "page_size is 16: with pages of int8 the TPU kernels take multiples of 32"),
-        ((16, 32, 2, 320, "float32"), "head_dim is 320: the TPU kernels take up to 256"),
+        (
+            (16, 32, 2, 320, "float32"),
+            "head_dim is 320: of keys and values that are kept apart the TPU kernels take up to 256",
+        ),
     ],
 )
 def test_a_named_kernel_says_why_it_cannot_serve(arguments, message):
@@ -35,11 +39,27 @@ def test_a_named_kernel_says_why_it_cannot_serve(arguments, message):
         pa.kv_shape(*arguments, implementation="tpu")
 
 
+def test_latents_are_served_up_to_a_size():
+    for head_dim in (32, 36, 576, 1024):
+        pool = pa.kv_shape(16, 32, 1, head_dim, "bfloat16", shared_values=True, implementation="tpu")
+        assert pool.pages.shape == (16, 1, 1, 32, -(-head_dim // 128) * 128)
+        assert (pool.head_dim, pool.shared_values) == (head_dim, True)
+    with pytest.raises(ImplementationError, match="head_dim is 1025: of shared keys and values"):
+        pa.kv_shape(16, 32, 1, 1025, "bfloat16", shared_values=True, implementation="tpu")
+    with pytest.raises(ImplementationError, match="page_size is 8"):
+        pa.kv_shape(16, 8, 1, 576, "bfloat16", shared_values=True, implementation="tpu")
+
+
 def test_the_engine_on_tpu_takes_it_by_itself(monkeypatch):
     monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
     shape = pa.kv_shape(16, 32, 8, 128, "bfloat16")
     assert isinstance(shape, TpuPool)
     assert pa.kv_partition_spec("tensor", kv=shape).pages == P(None, None, "tensor", None, None)
+    latents = pa.kv_shape(16, 32, 1, 576, "bfloat16", shared_values=True)
+    assert isinstance(latents, TpuPool)
+    assert pa.kv_partition_spec("tensor", kv=latents) == TpuPool(
+        P(None, None, "tensor", None, None), 576, shared_values=True
+    )
     # What the kernels do not serve falls to the XLA path.
     assert isinstance(pa.kv_shape(16, 8, 8, 128, "bfloat16"), jax.ShapeDtypeStruct)
 
@@ -60,6 +80,16 @@ def test_the_pools_shape(head_dim, shape):
     assert pool.head_dim == head_dim
 
 
+@pytest.mark.parametrize("head_dim", [36, 64, 576])
+def test_new_rows_of_shared_values_are_kept_once(head_dim):
+    k = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, head_dim), dtype=np.float32))
+    lanes = lanes_of(head_dim, shared_values=True)[1]
+    rows = joined(k, k, shared_values=True).reshape(3, 1, 2, 1, lanes)
+    plain = plain_pool(TpuPool(rows, head_dim, shared_values=True))
+    np.testing.assert_array_equal(plain[:, 0, :, 0], k)
+    np.testing.assert_array_equal(tpu_pool(jnp.asarray(plain)).pages, rows)
+
+
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 256])
 def test_new_rows_are_laid_out_as_the_pool_is(head_dim):
     random = np.random.default_rng(0)
@@ -73,7 +103,7 @@ def test_new_rows_are_laid_out_as_the_pool_is(head_dim):
 
 
 def bytes_of_pages(shape: tpu_blocks.Shape, pages: int) -> int:
-    slabs, lanes = lanes_of(shape.head_dim)
+    slabs, lanes = lanes_of(shape.head_dim, shape.shared_values)
     return pages * slabs * shape.num_kv_heads * shape.page_size * lanes * jnp.dtype(shape.dtype).itemsize
 
 
@@ -88,6 +118,10 @@ def bytes_of_pages(shape: tpu_blocks.Shape, pages: int) -> int:
         replace(LLAMA, dtype="int8"),
         replace(LLAMA, dtype="float32", num_kv_heads=32, page_size=128),
         replace(LLAMA, row_pages=2),
+        LATENT,
+        replace(LATENT, num_heads=32),
+        replace(LATENT, num_heads=128, page_size=128),
+        replace(LATENT, num_heads=16, dtype="float32", head_dim=1024),
     ],
 )
 @pytest.mark.parametrize("window", [None, 100])

@@ -41,6 +41,7 @@ class Shape:
     options: dict[str, Any] = field(default_factory=dict)
     kv_dtype: str | None = None  # of the pool, where it is not dtype
     tree_words: int = 0  # of the tree mask; 0: the batch has none
+    shared_values: bool = False  # v is k, and the pool keeps it once
 
     @property
     def quantized(self) -> bool:
@@ -124,19 +125,21 @@ def make_step(shape: Shape, decodes: Sequence[Row], chunks: Sequence[Row] = (), 
         shape.kv_heads,
         shape.head_dim,
         shape.kv_dtype or shape.dtype,
+        shared_values=shape.shared_values,
         implementation="reference",
     )
     kept = normal(*pool.shape)
     if shape.quantized:
         kept = kept.astype(jnp.float32) / (4.0 / (127.0 if shape.kv_dtype == "int8" else 448.0))
         kept = jnp.round(jnp.clip(kept, -127.0, 127.0))
+    k = normal(shape.num_tokens, shape.kv_heads, shape.head_dim)
     return Step(
         shape=shape,
         rows=rows,
         batch=batch,
         q=normal(shape.num_tokens, shape.heads, shape.head_dim),
-        k=normal(shape.num_tokens, shape.kv_heads, shape.head_dim),
-        v=normal(shape.num_tokens, shape.kv_heads, shape.head_dim),
+        k=k,
+        v=k if shape.shared_values else normal(shape.num_tokens, shape.kv_heads, shape.head_dim),
         kv=kept.astype(pool.dtype),
     )
 
@@ -180,20 +183,22 @@ class Runner:
 
 
 def tpu_pool(kv: jax.Array) -> TpuPool:
-    """A pool [P, 2, K, S, D] in the layout of the TPU kernels."""
-    head_dim = kv.shape[4]
-    slabs, lanes = lanes_of(head_dim)
-    half = value_lane(head_dim) or lanes
+    """A pool [P, 2, K, S, D], or [P, 1, K, S, D] of shared values, in the layout of the TPU kernels."""
+    head_dim, shared = kv.shape[4], kv.shape[1] == 1
+    slabs, lanes = lanes_of(head_dim, shared)
+    half = value_lane(head_dim, shared) or lanes
     padded = np.zeros((*kv.shape[:4], half), kv.dtype)
     padded[..., :head_dim] = kv
-    return TpuPool(
-        jnp.asarray(padded if slabs == 2 else np.concatenate([padded[:, :1], padded[:, 1:]], 4)), head_dim
-    )
+    if not shared and slabs == 1:
+        padded = np.concatenate([padded[:, :1], padded[:, 1:]], 4)
+    return TpuPool(jnp.asarray(padded), head_dim, shared)
 
 
 def plain_pool(kv: TpuPool) -> np.ndarray:
-    """The pool [P, 2, K, S, D] in the layout of the reference."""
+    """The pool in the layout of the reference."""
     pages, start = np.asarray(kv.pages), value_lane(kv.head_dim)
+    if kv.shared_values:
+        return pages[..., : kv.head_dim]
     values = pages[:, -1:, :, :, start : start + kv.head_dim]
     return np.concatenate([pages[:, :1, :, :, : kv.head_dim], values], axis=1)
 
