@@ -74,8 +74,14 @@ class Case:
         return cls(**{**request, "heads": Heads(**request["heads"])})
 
 
+# Too large for the tables of whole models, so that no configuration is kept: one layer's attention is of interest.
+_LARGE = {"deepseek-v3": Heads("deepseek-v3", heads=128, kv_heads=1, head_dim=576, shared_values=True)}
+
+
 def read_heads(model: str) -> Heads:
     """From `configs/models/{model}/config.json`; a window only where the model uses it."""
+    if model in _LARGE:
+        return _LARGE[model]
     config = json.loads((MODELS / model / "config.json").read_text())
     heads = config["num_attention_heads"]
     if "kv_lora_rank" in config:
@@ -99,7 +105,15 @@ def implementations(op: str) -> tuple[str, ...]:
 
 def models() -> list[str]:
     """Models whose attention shapes stand for the others': few, since each costs seconds per kernel and target."""
-    return ["gemma-2-9b", "llama-3-70b", "llama-3-8b", "phi-3-mini", "qwen2.5-7b"]
+    return [
+        "deepseek-v2-lite",
+        "deepseek-v3",
+        "gemma-2-9b",
+        "llama-3-70b",
+        "llama-3-8b",
+        "phi-3-mini",
+        "qwen2.5-7b",
+    ]
 
 
 def build(case: Case, devices: list[Any]) -> tuple[Callable[..., Any], list[Any]]:

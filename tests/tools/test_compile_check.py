@@ -141,6 +141,19 @@ def test_every_model_is_checked_at_the_heads_that_one_device_has():
     assert heads["phi-3-mini"].head_dim == 96
 
 
+def test_latent_attention_has_one_head_of_keys_on_every_device():
+    cases = kernels.cases(V6E, ["deepseek-v2-lite", "deepseek-v3"])
+    heads = {case.heads.model: case.heads for case in cases}
+    assert {name: (h.heads, h.kv_heads, h.head_dim, h.shared_values) for name, h in heads.items()} == {
+        "deepseek-v2-lite / 4": (4, 1, 576, True),
+        "deepseek-v3 / 4": (32, 1, 576, True),
+    }
+    assert {case.op for case in cases} == {"paged_attention"}
+    assert {case.kv_dtype for case in cases} == {"bfloat16", "int8", "float8_e4m3fn"}
+    # The GPU's kernels keep keys and values apart.
+    assert {case.implementation for case in kernels.cases(H200, ["deepseek-v3"])} == {"xla"}
+
+
 def test_a_gpu_without_wgmma_is_compiled_for_with_xla():
     b200 = {case.implementation for case in kernels.cases(targets.find("B200"), ["llama-3-8b"])}
     assert b200 == {"xla"}

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tools.kernel_cases import Case, implementations, read_heads
+from tools.kernel_cases import Case, Heads, implementations, read_heads
 from tools.targets import GPUTarget, Target, ask_child
 
 HEADER = "| target | kernel, implementation | compiles | seconds | temporaries MB |\n|---|---|---|---|---|"
 HOPPER = 9  # the generation whose wgmma the GPU kernels use
-SPLIT = {"llama-3-70b": 8}  # a model that one device does not hold: heads as one device of so many has them
+# Models that one device does not hold, or that are served by several: heads as one device of so many has them.
+SPLIT = {"llama-3-70b": 8, "deepseek-v2-lite": 4, "deepseek-v3": 4}
+# Quantized KV beside bf16 on TPU: the GPU kernels read bf16 pages alone.
+QUANTIZED = ("llama-3-8b", "deepseek-v2-lite")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Result:
 
 
 def cases(target: Target, models: list[str], ops: str | None = None) -> list[Case]:
-    """Decode, mixed and prefill of each model; for Llama-3-8B on TPU quantized KV beside bf16.
+    """Decode, mixed and prefill of each model; for some of them on TPU quantized KV beside bf16.
 
-    Where the op has no kernel for the target, the XLA path that it then takes is compiled.
+    Where the op has no kernel for the target, the XLA path that it then takes is compiled. Latent attention has no
+    dense form: its keys are only ever kept in pages.
     """
     wanted = ops.split(",") if ops else ["paged_attention", "flash_attention"]
     found = []
@@ -49,20 +53,20 @@ def cases(target: Target, models: list[str], ops: str | None = None) -> list[Cas
         heads = read_heads(model)
         heads = heads.share(SPLIT[model]) if model in SPLIT else heads
         if "paged_attention" in wanted:
-            name = implementation(target, "paged_attention")
+            name = implementation(target, "paged_attention", heads)
             paged = [Case("paged_attention", phase, heads, name) for phase in ("decode", "mixed")]
             found += paged
-            if model == "llama-3-8b" and target.kind == "tpu":  # the GPU kernels read bf16 pages alone
+            if model in QUANTIZED and target.kind == "tpu":
                 found += [
                     replace(case, kv_dtype=dtype) for dtype in ("int8", "float8_e4m3fn") for case in paged
                 ]
-        if "flash_attention" in wanted:
+        if "flash_attention" in wanted and not heads.shared_values:
             found.append(
                 Case(
                     "flash_attention",
                     "prefill",
                     heads,
-                    implementation(target, "flash_attention"),
+                    implementation(target, "flash_attention", heads),
                     rows=1,
                     context=8192,
                 )
@@ -70,10 +74,11 @@ def cases(target: Target, models: list[str], ops: str | None = None) -> list[Cas
     return found
 
 
-def implementation(target: Target, op: str) -> str:
+def implementation(target: Target, op: str, heads: Heads) -> str:
     """What automatic choice takes on such a device."""
-    if isinstance(target, GPUTarget) and (target.major != HOPPER or "gpu" not in implementations(op)):
-        return "xla"
+    if isinstance(target, GPUTarget):
+        served = target.major == HOPPER and "gpu" in implementations(op) and not heads.shared_values
+        return target.kind if served else "xla"
     return target.kind
 
 
