@@ -8,6 +8,8 @@ SHELL := /bin/sh
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Tests run in several processes, for most of their time is one thread's; four of them need 12 GB.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 # What `make bench` does by itself: two minutes, and no goal that a small machine would miss.
 BENCH := offline --model random:9m --compare hf --max-model-len 512 --repeats 2
 
@@ -21,7 +23,7 @@ serve: $(VENV)/.installed ## serve the bundled model on port 8000 (ARGS="--port 
 	$(BIN)/python -m jinfer.serve --port 8000 $(ARGS)
 
 test: $(VENV)/.installed-test ## run every test (ARGS goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff: lint and format, changing nothing
 	$(BIN)/ruff check .

@@ -100,13 +100,25 @@ class EngineConfig:
     enable_expert_parallel: bool = option(
         False, "give each of those devices whole experts of a mixture, instead of a part of each"
     )
+    expert_parallel_size: int = option(
+        1,
+        "sets of tensor_parallel_size devices that part the experts of a mixture among them; all else is in each set",
+        low=1,
+        high=1024,
+    )
     layer_loop: str = option(
         "auto", "scan over stacked layers or unroll; auto: scan on TPU", choices=("auto", "scan", "unroll")
     )
     attention_backend: str = option(
         "auto",
         "implementation of pallas_kernels.paged_attention; a named one fails where it cannot run",
-        choices=("auto", "reference", "xla", "tpu", "gpu"),
+        choices=("auto", "reference", "xla", "cpu", "tpu", "gpu"),
+    )
+    optimization_level: int | None = option(
+        None,
+        "how much XLA optimizes each step: 0 compiles fastest, 3 optimizes most; default: 1 on CPU, XLA's own elsewhere",
+        low=0,
+        high=3,
     )
     seed: int = option(0, "seed of requests that bring none", low=0, high=2**31 - 1)
     compilation_cache_dir: str | None = option(
@@ -114,8 +126,18 @@ class EngineConfig:
     )
     warmup: bool = option(True, "compile every step before the engine reports ready")
 
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return self.tensor_parallel_size * self.expert_parallel_size
+
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.enable_expert_parallel and self.expert_parallel_size > 1:
+            raise ConfigError(
+                f"enable_expert_parallel is set and expert_parallel_size is {self.expert_parallel_size}: the one parts "
+                "experts among the devices that share a layer, the other among sets of them; leave one out"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "

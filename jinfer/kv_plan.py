@@ -162,7 +162,7 @@ def step_bytes(spec: ModelSpec, config: EngineConfig) -> int:
 
 
 def _free_device_bytes(mesh: Mesh, config: EngineConfig, spec: ModelSpec) -> int | None:
-    """Bytes that KV may take on all devices of the mesh together; None where the device does not tell."""
+    """Bytes that KV may take on the devices that share a layer; None where the device does not tell."""
     spare = []
     for device in mesh.devices.flat:
         stats = device.memory_stats()
@@ -170,7 +170,8 @@ def _free_device_bytes(mesh: Mesh, config: EngineConfig, spec: ModelSpec) -> int
             return None
         budget = int(stats["bytes_limit"] * config.gpu_memory_utilization)
         spare.append(budget - stats["bytes_in_use"] - step_bytes(spec, config))
-    return min(spare) * len(spare)
+    # Every set of the `expert` axis keeps all KV.
+    return min(spare) * mesh.shape["tensor"]
 
 
 def plan_kv(spec: ModelSpec, mesh: Mesh, config: EngineConfig) -> KVPlan:

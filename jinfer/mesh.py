@@ -39,7 +39,8 @@ def make_mesh(tensor: int = 1, devices: Sequence[jax.Device] | None = None, *, e
     found = list(devices) if devices is not None else jax.devices()
     if tensor * expert > len(found):
         raise ConfigError(
-            f"tensor_parallel_size is {tensor * expert} and {len(found)} {found[0].platform} device(s) are there: "
+            f"tensor_parallel_size is {tensor}{f', expert_parallel_size {expert}' if expert > 1 else ''} and "
+            f"{len(found)} {found[0].platform} device(s) are there: "
             "lower it, or on CPU set it before jax starts so that virtual devices can be made"
         )
     shape = abstract_mesh(tensor, expert).axis_sizes

@@ -28,8 +28,8 @@ def prepare_platform(config: EngineConfig) -> None:
     Both only where the caller has not: settings made before stay as they are.
     """
     _skip_absent_tpu()
-    if config.tensor_parallel_size > 1:
-        _ask_for_cpu_devices(config.tensor_parallel_size)
+    if config.num_devices > 1:
+        _ask_for_cpu_devices(config.num_devices)
     if _setting("jax_compilation_cache_dir") is None and config.compilation_cache_dir != "off":
         folder = config.compilation_cache_dir or str(default_cache_folder())
         try:

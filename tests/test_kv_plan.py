@@ -1,12 +1,15 @@
 """How many pages each group of layers gets, from a model's config and the memory."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from jinfer import ConfigError
+from jinfer import ConfigError, kv_plan
 from jinfer.config import EngineConfig
-from jinfer.kv_plan import full_plan, group_layers, plan_kv
+from jinfer.kv_plan import full_plan, group_layers, plan_kv, step_bytes
 from jinfer.mesh import make_mesh
 from jinfer.models.hf_config import read_config
 from jinfer.models.loading import make_spec
@@ -88,3 +91,17 @@ def test_on_a_cpu_every_slot_has_its_sequence_within_a_limit():
     sliding, full = made.groups
     assert (sliding.kind.window, full.pages) == (128, 4 * 16 + 1)
     assert sliding.pages == 4 * 5 + (16 - 5) + 1
+
+
+def test_free_memory_is_counted_for_one_set_of_devices():
+    """Of 8 devices 4 share a layer, and the other 4 keep the same KV again; the fullest of them decides."""
+
+    def device(used: int) -> SimpleNamespace:
+        return SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000 * 2**20, "bytes_in_use": used})
+
+    mesh: Any = SimpleNamespace(
+        devices=np.array([device(5), device(10 * 2**20), *[device(0)] * 6]), shape={"tensor": 4}
+    )
+    config = EngineConfig(gpu_memory_utilization=0.5, max_num_seqs=1, max_num_batched_tokens=16)
+    spec = make_spec(read_config(CONFIGS / "llama-3-8b"), config, "gpu")
+    assert kv_plan._free_device_bytes(mesh, config, spec) == 4 * (490 * 2**20 - step_bytes(spec, config))

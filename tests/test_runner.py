@@ -5,9 +5,9 @@ import pytest
 
 from jinfer import ModelError, load_params
 from jinfer.config import EngineConfig
-from jinfer.programs import buckets, step_sizes
+from jinfer.programs import buckets, compiler_options, step_sizes
 from jinfer.runner import Runner
-from tests.support.engines import greedy, run_one, small_engine
+from tests.support.engines import greedy, run_one, served_engine, small_engine
 from tests.support.models import random_prompt
 
 PROMPT = random_prompt(520, 21)
@@ -23,7 +23,7 @@ def large(tiny_llama):
 @pytest.mark.parametrize("loop", ["unroll", "scan"])
 @pytest.mark.parametrize("devices", [1, 4])
 def test_kv_is_updated_in_place(tiny_llama, loop, devices):
-    engine = small_engine(
+    engine = served_engine(
         tiny_llama, num_gpu_blocks_override=PAGES, layer_loop=loop, tensor_parallel_size=devices
     )
     programs = engine.runner.programs
@@ -88,6 +88,21 @@ def test_buckets():
     assert buckets(4, 20) == [4, 8, 16, 20]
     assert buckets(16, 16) == [16]
     assert buckets(16, 300, growth=4) == [16, 64, 256, 300]
+
+
+def test_each_platform_has_its_own_way_to_say_an_optimization_level():
+    assert compiler_options(None, is_cpu=False) is None
+    assert compiler_options(1, is_cpu=False) == {"optimization_level": 19}
+    assert compiler_options(None, is_cpu=True) == compiler_options(1, is_cpu=True)
+    levels = [compiler_options(level, is_cpu=True) for level in range(4)]
+    assert [options and options["xla_backend_optimization_level"] for options in levels] == [0, 1, 2, 3]
+    assert [level for level, options in enumerate(levels) if options and len(options) > 1] == [0]
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_every_optimization_level_compiles_the_same_function(tiny_llama, large, level):
+    engine = served_engine(tiny_llama, max_num_seqs=1, optimization_level=level)
+    assert run_one(engine, PROMPT, greedy(12)).token_ids == run_one(large, PROMPT, greedy(12)).token_ids
 
 
 def test_weights_that_do_not_fit_change_nothing(large):

@@ -68,7 +68,12 @@ def make_spec(config: ModelConfig, engine: EngineConfig, platform: str) -> Model
             "it must divide the first, and divide the second or be a multiple of it"
         )
     if engine.enable_expert_parallel:
-        _check_whole_experts(config, tensor)
+        _check_whole_experts(
+            config, f"enable_expert_parallel is set with tensor_parallel_size {tensor}", tensor
+        )
+    if engine.expert_parallel_size > 1:
+        size = engine.expert_parallel_size
+        _check_whole_experts(config, f"expert_parallel_size is {size}", size)
     loop = engine.layer_loop
     return ModelSpec(
         config=config,
@@ -76,6 +81,7 @@ def make_spec(config: ModelConfig, engine: EngineConfig, platform: str) -> Model
             dtype=compute_dtype(engine.dtype, config.dtype, platform),
             weight_first=platform == "cpu",
             tensor_parallel=tensor,
+            expert_parallel=engine.expert_parallel_size,
             experts_over_tensor=engine.enable_expert_parallel,
             platform=platform,
         ),
@@ -83,15 +89,14 @@ def make_spec(config: ModelConfig, engine: EngineConfig, platform: str) -> Model
     )
 
 
-def _check_whole_experts(config: ModelConfig, devices: int) -> None:
+def _check_whole_experts(config: ModelConfig, asked: str, parts: int) -> None:
     counts = {layer.mlp.router.num_experts for layer in config.layers if isinstance(layer.mlp, MoESpec)}
     if not counts:
-        raise ConfigError("enable_expert_parallel is set and the model has no experts: leave it out")
+        raise ConfigError(f"{asked} and the model has no experts: leave it out")
     for count in counts:
-        if count % devices:
+        if count % parts:
             raise ConfigError(
-                f"enable_expert_parallel is set with tensor_parallel_size {devices} and the model has {count} "
-                "experts: it must divide them, or leave enable_expert_parallel out"
+                f"{asked} and the model has {count} experts: it must divide them, or be left out"
             )
 
 
@@ -104,7 +109,7 @@ def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:
     """
     folder = resolve_model(engine.model, engine.revision)
     config = read_config(folder)
-    mesh = make_mesh(engine.tensor_parallel_size)
+    mesh = make_mesh(engine.tensor_parallel_size, expert=engine.expert_parallel_size)
     platform = mesh.devices.flat[0].platform
     spec = make_spec(config, engine, "gpu" if platform in ("cuda", "rocm") else platform)
     if _is_orbax(folder, engine.load_format):

@@ -1,7 +1,7 @@
 """Dense families against transformers: random weights, odd sizes, every option that a family has.
 
 Each model is compared in logits per position and in greedy tokens of three prompts: alone, together, in chunks of 64,
-with cached prefixes, and over 2 or 4 devices.
+with cached prefixes, and over 2 and 4 devices.
 """
 
 from dataclasses import replace
@@ -191,13 +191,8 @@ def test_longrope_changes_while_a_sequence_grows(tmp_path):
     check_family("phi3", tmp_path, settings, num_key_value_heads=2, **longrope(6, original=64))
 
 
-# Two of a family's models run on two devices and two on four.
-DEVICES = [(2, 1), (4, 1), (4, 2, 1)]
-
-
 @pytest.mark.parametrize(
     ("family", "number"), [(f, i) for f, configs in CASES.items() for i in range(len(configs))]
 )
 def test_family_equals_transformers(family, number, tmp_path):
-    settings = replace(SETTINGS, tensor_parallel_sizes=DEVICES[number])
-    check_family(family, tmp_path, settings, **CASES[family][number])
+    check_family(family, tmp_path, **CASES[family][number])

@@ -7,7 +7,7 @@ every kind of parameter, and must give what they give alone.
 import pytest
 
 from jinfer import SamplingParams
-from tests.support.engines import Output, check_idle, collect, greedy, run, run_one, small_engine
+from tests.support.engines import Output, check_idle, collect, greedy, run, run_one, served_engine
 from tests.support.models import hf_greedy, make_llama, margin, random_prompt
 
 COUNT = 32
@@ -59,7 +59,7 @@ def uneven_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[str, Output]:
     """Every request on its own; the greedy ones are checked against transformers."""
-    engine = small_engine(folder)
+    engine = served_engine(folder)
     outputs = {str(i): run_one(engine, *request(i)) for i in range(COUNT)}
     for i in range(0, COUNT, 2):
         tokens, logits = hf_greedy(folder, PROMPTS[i], 64)
@@ -87,19 +87,19 @@ def assert_same(actual: dict[str, Output], expected: dict[str, Output]) -> None:
 
 
 def test_among_31_others(folder, alone, crowd_options):
-    engine = small_engine(folder, **crowd_options)
+    engine = served_engine(folder, **crowd_options)
     assert_same(run(engine, some(*range(COUNT))), alone)
     # In another order, so that slots and pages have had other owners.
     assert_same(run(engine, some(*reversed(range(COUNT)))), alone)
 
 
 def test_without_overlap(folder, alone, crowd_options):
-    engine = small_engine(folder, **crowd_options, async_scheduling=False)
+    engine = served_engine(folder, **crowd_options, async_scheduling=False)
     assert_same(run(engine, some(*range(COUNT))), alone)
 
 
 def test_arriving_while_others_run(folder, alone, crowd_options):
-    engine = small_engine(folder, **crowd_options)
+    engine = served_engine(folder, **crowd_options)
     waiting, deltas, step = list(range(COUNT)), [], 0
     while waiting or engine.has_unfinished:
         if waiting and step % 3 == 0:
@@ -114,7 +114,7 @@ def test_arriving_while_others_run(folder, alone, crowd_options):
 @pytest.mark.parametrize("overlap", [True, False])
 def test_preempted(folder, alone, overlap):
     """The pool holds one long request and a half, so requests push each other out again and again."""
-    engine = small_engine(folder, num_gpu_blocks_override=33, async_scheduling=overlap)
+    engine = served_engine(folder, num_gpu_blocks_override=33, async_scheduling=overlap)
     outputs = run(engine, some(*range(COUNT)))
     assert engine.stats().num_preemptions > 10
     assert_same(outputs, alone)
@@ -122,12 +122,12 @@ def test_preempted(folder, alone, overlap):
 
 def test_prefill_in_one_piece(folder, alone):
     """`alone` computes prompts in chunks of at most 16 tokens; here they fit into one step, or nearly."""
-    engine = small_engine(folder, max_num_seqs=2, max_num_batched_tokens=128)
+    engine = served_engine(folder, max_num_seqs=2, max_num_batched_tokens=128)
     assert_same(run(engine, some(17, 9, 4, 28)), alone)
 
 
 def test_cached_prefix(folder, alone):
-    engine = small_engine(folder)
+    engine = served_engine(folder)
     cold = run(engine, some(17, 16, 31, 7))
     assert all(output.num_cached == 0 for output in cold.values())
     warm = run(engine, some(17, 16, 31, 7))
@@ -140,7 +140,7 @@ def test_cached_prefix(folder, alone):
 
 def test_cached_output_of_another_request(folder):
     """A conversation goes on: the next prompt is the last one with its answer and something new."""
-    engine = small_engine(folder)
+    engine = served_engine(folder)
     first = run_one(engine, PROMPTS[16], greedy(40))
     longer = [*PROMPTS[16], *first.token_ids, *random_prompt(9, 11)]
     warm = run_one(engine, longer, greedy(40))
@@ -152,7 +152,7 @@ def test_cached_output_of_another_request(folder):
 
 def test_a_long_cached_prefix_brings_more_pages_than_a_small_step_has_room_for(folder):
     """The packed array of a 16-token step carries a few page ids; the rest takes another way to the device."""
-    engine = small_engine(folder, max_model_len=512)
+    engine = served_engine(folder, max_model_len=512)
     prompt = random_prompt(77, 400)
     cold, warm = run_one(engine, prompt, greedy(12)), run_one(engine, prompt, greedy(12))
     assert warm.num_cached == 392
@@ -160,25 +160,25 @@ def test_a_long_cached_prefix_brings_more_pages_than_a_small_step_has_room_for(f
 
 
 def test_scanned_layers(folder, alone):
-    assert_same(run(small_engine(folder, layer_loop="scan"), some(17, 9, 4, 7)), alone)
+    assert_same(run(served_engine(folder, layer_loop="scan"), some(17, 9, 4, 7)), alone)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])  # the default is the native one
 def test_attention_implementations(folder, alone, backend):
-    engine = small_engine(folder, max_num_seqs=2, attention_backend=backend)
+    engine = served_engine(folder, max_num_seqs=2, attention_backend=backend)
     assert_same(run(engine, some(5, 4)), alone)
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_devices(folder, alone, devices):
-    engine = small_engine(folder, max_num_seqs=2, tensor_parallel_size=devices)
+    engine = served_engine(folder, max_num_seqs=2, tensor_parallel_size=devices)
     assert len(engine.runner.mesh.devices.flat) == devices
     assert_same(run(engine, some(16, 9, 7)), alone)
 
 
 @pytest.mark.parametrize(("devices", "loop"), [(4, "scan"), (8, "unroll")])
 def test_devices_that_divide_neither_vocabulary_nor_feed_forward(uneven_folder, devices, loop):
-    engine = small_engine(uneven_folder, max_num_seqs=1, tensor_parallel_size=devices, layer_loop=loop)
+    engine = served_engine(uneven_folder, max_num_seqs=1, tensor_parallel_size=devices, layer_loop=loop)
     outputs = run(engine, some(0, 4))
     for i in (0, 4):
         tokens, logits = hf_greedy(uneven_folder, PROMPTS[i], 64)
@@ -190,7 +190,7 @@ def test_dynamic_scaling_and_the_prefix_cache(tmp_path):
     """Beyond the original length the angles of a prompt depend on all of it, so its pages must not be shared."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     folder = make_llama(tmp_path, seed=12, max_position_embeddings=64, rope_parameters=rope)
-    engine = small_engine(folder, max_model_len=256)
+    engine = served_engine(folder, max_model_len=256)
     grown = run_one(engine, PROMPTS[6], greedy(40))  # passes the original length
     prompts = [
         PROMPTS[6],
@@ -206,7 +206,7 @@ def test_dynamic_scaling_and_the_prefix_cache(tmp_path):
         assert output.token_ids == tokens
         assert (output.num_cached > 0) == (len(prompt) <= 64)
     # Preempted beyond it, a request is computed again with the angles that each token had.
-    pushed = small_engine(folder, max_model_len=256, num_gpu_blocks_override=33)
+    pushed = served_engine(folder, max_model_len=256, num_gpu_blocks_override=33)
     outputs = run(pushed, {str(i): (prompt, greedy(100)) for i, prompt in enumerate(prompts[:2])})
     assert pushed.stats().num_preemptions > 0
     for i, prompt in enumerate(prompts[:2]):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jinfer import forward, load_params
-from tests.support.engines import greedy, run, small_engine
+from tests.support.engines import greedy, run, served_engine
 from tests.support.models import hf_greedy, hf_logits, make_llama, margin, random_prompt, relative_error
 
 TOLERANCE = 1e-4
@@ -114,7 +114,7 @@ def test_engine_gives_the_tokens_and_logprobs_of_transformers(folders, name):
     """Prompts are longer than a step's budget, so they are computed in chunks; pages are smaller still."""
     # One row at a time keeps it at two programs, compiled side by side. Every other model scans its layers.
     loop = "scan" if list(CASES).index(name) % 2 else "unroll"
-    engine = small_engine(folders[name], max_num_seqs=1, max_model_len=160, layer_loop=loop, warmup=True)
+    engine = served_engine(folders[name], max_num_seqs=1, max_model_len=160, layer_loop=loop, warmup=True)
     params = greedy(64, logprobs=4, prompt_logprobs=0)
     outputs = run(engine, {which: (prompt, params) for which, prompt in PROMPTS.items()})
     for which, prompt in PROMPTS.items():

@@ -183,24 +183,33 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-DEVICES = [(1, 2, 4), (1, 2), (1, 4)]  # by a case's place: each program that is compiled takes seconds
-
 
 @pytest.mark.parametrize(
     ("family", "number"), [(f, i) for f, configs in CASES.items() for i in range(len(configs))]
 )
 def test_family_equals_transformers(family, number, tmp_path):
-    settings = dataclasses.replace(SETTINGS, tensor_parallel_sizes=DEVICES[number])
-    check_family(family, tmp_path, settings, **CASES[family][number])
+    check_family(family, tmp_path, **CASES[family][number])
 
 
-@pytest.mark.parametrize(("family", "devices"), [("qwen2_moe", 2), ("gpt_oss", 4), ("deepseek_v3", 4)])
-def test_whole_experts_on_each_device(family, devices, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2_moe", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+        ("gpt_oss", {"tensor_parallel_size": 4, "enable_expert_parallel": True}),
+        ("deepseek_v3", {"tensor_parallel_size": 4, "enable_expert_parallel": True}),
+        ("mixtral", {"expert_parallel_size": 4}),
+        ("qwen3_moe", {"tensor_parallel_size": 2, "expert_parallel_size": 4}),
+        ("deepseek_v2", {"tensor_parallel_size": 4, "expert_parallel_size": 2}),
+    ],
+)
+def test_whole_experts_on_each_device(family, options, tmp_path):
     settings = dataclasses.replace(SETTINGS, prompt_lengths=(17, 60))
     folder, expected = clear_model(family, tmp_path, settings, **CASES[family][0])
-    engine = small_engine(
-        folder, tensor_parallel_size=devices, enable_expert_parallel=True, max_num_batched_tokens=64
-    )
+    engine = small_engine(folder, **options, max_num_batched_tokens=64)
+    experts = next(array for name, array in engine.runner.params.items() if "experts.down" in name)
+    shares = options.get("expert_parallel_size") or options["tensor_parallel_size"]
+    count = experts.ndim - 3  # before it a stack's layers, if there is one
+    assert experts.sharding.shard_shape(experts.shape)[count] == experts.shape[count] // shares
     outputs = run(engine, {name: (one.prompt, greedy(48)) for name, one in expected.items()})
     for name, one in expected.items():
         assert outputs[name].token_ids == one.tokens
@@ -213,6 +222,12 @@ def test_whole_experts_that_cannot_be(tmp_path):
     six = make_model("qwen2_moe", tmp_path / "six", **CASES["qwen2_moe"][0])
     with pytest.raises(ConfigError, match="the model has 6 experts"):
         load_params(str(six), enable_expert_parallel=True, tensor_parallel_size=4)
+    with pytest.raises(ConfigError, match="expert_parallel_size is 4 and the model has 6 experts"):
+        load_params(str(six), expert_parallel_size=4)
+    with pytest.raises(ConfigError, match="leave one out"):
+        load_params(str(six), expert_parallel_size=2, enable_expert_parallel=True)
+    with pytest.raises(ConfigError, match="tensor_parallel_size is 4, expert_parallel_size 3 and 8 cpu"):
+        load_params(str(six), expert_parallel_size=3, tensor_parallel_size=4)
 
 
 def saved_fused(folder: Path, into: Path) -> Path:

@@ -30,6 +30,7 @@ class Settings:
     tolerance: largest deviation of a logit, as a share of its row's largest magnitude. Where greedy tokens differ and
     the two best logits are closer than that, either is right.
     threads: engines at once, each with its own copy of the model.
+    optimization_level: of the engines' programs; None: as they are served.
     """
 
     prompt_lengths: tuple[int, ...] = (1, 17, 300)
@@ -38,6 +39,7 @@ class Settings:
     tolerance: float = 1e-4
     seed: int = 0
     threads: int = 1
+    optimization_level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _compare_tokens(
         "max_model_len": longest,
         "tensor_parallel_size": devices,
         "layer_loop": loop,
+        "optimization_level": settings.optimization_level,
         # One device meets every step program, so they may be compiled side by side; several meet fewer.
         "warmup": devices == 1,
     }
