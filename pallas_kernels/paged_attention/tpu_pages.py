@@ -151,6 +151,5 @@ def product(a: jax.Array, b: jax.Array, *, transposed: bool) -> jax.Array:
 
 def spread(column: jax.Array, lanes: int) -> jax.Array:
     """A [M, 128] array of equal lanes as [M, lanes], which takes no instruction where lanes is a multiple of 128."""
-    if lanes <= LANES:
-        return column[:, :lanes]
-    return jnp.concatenate([column] * (lanes // LANES), axis=1)
+    whole, rest = divmod(lanes, LANES)
+    return jnp.concatenate([*[column] * whole, *([column[:, :rest]] if rest else [])], axis=1)
