@@ -100,6 +100,7 @@ def paged_attend(
                 sliding_window=kind.window,
                 soft_cap=soft_cap,
                 sinks=sinks,
+                value_dim=kind.value_dim,
             )
             return y, kv
 

@@ -23,7 +23,11 @@ class Heads:
     head_dim: int
     window: int | None = None
     soft_cap: float | None = None
-    shared_values: bool = False  # latent attention: keys are the values too
+    value_dim: int | None = None  # latent attention: so many numbers of a key are its value, which is not kept again
+
+    @property
+    def shared_values(self) -> bool:
+        return self.value_dim is not None
 
     def share(self, devices: int) -> Heads:
         """What one device has when heads are split `devices` ways."""
@@ -75,7 +79,7 @@ class Case:
 
 
 # Too large for the tables of whole models, so that no configuration is kept: one layer's attention is of interest.
-_LARGE = {"deepseek-v3": Heads("deepseek-v3", heads=128, kv_heads=1, head_dim=576, shared_values=True)}
+_LARGE = {"deepseek-v3": Heads("deepseek-v3", heads=128, kv_heads=1, head_dim=576, value_dim=512)}
 
 
 def read_heads(model: str) -> Heads:
@@ -85,8 +89,9 @@ def read_heads(model: str) -> Heads:
     config = json.loads((MODELS / model / "config.json").read_text())
     heads = config["num_attention_heads"]
     if "kv_lora_rank" in config:
-        width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
-        return Heads(model=model, heads=heads, kv_heads=1, head_dim=width, shared_values=True)
+        latent = config["kv_lora_rank"]
+        width = latent + config["qk_rope_head_dim"]
+        return Heads(model=model, heads=heads, kv_heads=1, head_dim=width, value_dim=latent)
     return Heads(
         model=model,
         heads=heads,
@@ -222,6 +227,7 @@ def _paged(case: Case) -> tuple[Callable[..., Any], list[Any], tuple[int, ...]]:
             "scale": shape.head_dim**-0.5,
             "sliding_window": shape.window,
             "soft_cap": shape.soft_cap,
+            "value_dim": shape.value_dim,
         }
         return pa.attend(q, kv, plan, page_offset=page_offset, **options), kv
 

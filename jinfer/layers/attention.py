@@ -32,12 +32,14 @@ class KVKind(NamedTuple):
 
     window: tokens that a query can see, its own included; None: all of them.
     shared_values: its keys are its values too, and are kept once.
+    value_dim: of such keys, the leading numbers that are read as values; None: all. An `Attend` may return no more.
     """
 
     num_kv_heads: int
     head_dim: int
     window: int | None
     shared_values: bool = False
+    value_dim: int | None = None
 
 
 class Attend(Protocol):

@@ -49,7 +49,7 @@ class MLASpec:
 
     @property
     def kv_kind(self) -> KVKind:
-        return KVKind(1, self.latent + self.rotary.dim, None, shared_values=True)
+        return KVKind(1, self.latent + self.rotary.dim, None, shared_values=True, value_dim=self.latent)
 
     def make(self, build: Build, embed: int) -> LatentAttention:
         """The module: (x [T, E], rotary tables, attend, cache, layer) -> ([T, E], cache)."""

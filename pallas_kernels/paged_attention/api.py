@@ -42,6 +42,9 @@ class Implementation(Protocol):
 
     `kv_partition_spec` gives one spec for every array of its pool. `write_kv` gets k and v in the pool's dtype, already
     divided by their scales. `attend` gets k_scale and v_scale as float32[K], or None where the pool is not quantized.
+
+    A module may say more of itself: SHARES_VALUES, that it serves pools with shared values; and beside it
+    NARROW_VALUES, that its `attend` takes value_dim (an int) and returns so many columns. Others return all.
     """
 
     def why_not(self, spec: KVSpec) -> str | None: ...
@@ -211,6 +214,7 @@ def attend(
     sinks: jax.Array | None = None,
     k_scale: float | jax.Array | None = None,
     v_scale: float | jax.Array | None = None,
+    value_dim: int | None = None,
     implementation: str = AUTO,
 ) -> jax.Array:
     """Causal attention of every query over its own row's pages; `write_kv` of this step comes first.
@@ -228,9 +232,11 @@ def attend(
       soft_cap: logits become soft_cap * tanh(logits / soft_cap), before the mask.
       sinks: [H] logits that take part in each softmax's sum and carry no value.
       k_scale, v_scale: the scales that `write_kv` was given for this layer; only for a quantized pool.
+      value_dim: of a pool with shared values, the leading numbers of a key that are its value: latent attention reads
+        512 of 576, and need not compute the rest. None: all of them.
 
     Returns:
-      [T, H, D] in q's dtype. Rows of padded tokens are finite and otherwise anything.
+      [T, H, D] in q's dtype, or [T, H, value_dim]. Rows of padded tokens are finite and otherwise anything.
 
     Raises:
       ValueError: a shape, dtype or number is outside the contract; scales are missing, or not wanted.
@@ -253,6 +259,11 @@ def attend(
         raise ValueError(
             f"sinks has shape {sinks.shape}: it must be ({q.shape[1]},), one logit per query head"
         )
+    if value_dim is not None and not (spec.shared_values and 1 <= value_dim <= spec.head_dim):
+        raise ValueError(
+            f"value_dim is {value_dim}: it must be None, or from 1 to the pool's head_dim of {spec.head_dim} where the "
+            "pool has shared_values"
+        )
     return _attend(
         q,
         kv,
@@ -264,6 +275,7 @@ def attend(
         scale=float(scale),
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        value_dim=value_dim,
     )
 
 
@@ -276,11 +288,24 @@ def _write_kv(kv, k, v, detail, page_offset, scales, *, dtype, implementation: s
     return REGISTRY[implementation].write_kv(kv, k, v, detail, page_offset=page_offset)
 
 
-@partial(jax.jit, static_argnames=("implementation", "scale", "sliding_window", "soft_cap"))
+@partial(jax.jit, static_argnames=("implementation", "scale", "sliding_window", "soft_cap", "value_dim"))
 def _attend(
-    q, kv, detail, page_offset, sinks, scales, *, implementation: str, scale, sliding_window, soft_cap
+    q,
+    kv,
+    detail,
+    page_offset,
+    sinks,
+    scales,
+    *,
+    implementation: str,
+    scale,
+    sliding_window,
+    soft_cap,
+    value_dim: int | None,
 ):
-    return REGISTRY[implementation].attend(
+    chosen = REGISTRY[implementation]
+    narrow = value_dim is not None and getattr(chosen, "NARROW_VALUES", False)
+    out = chosen.attend(
         q,
         kv,
         detail,
@@ -291,7 +316,9 @@ def _attend(
         sinks=sinks,
         k_scale=scales[0],
         v_scale=scales[1],
+        **({"value_dim": value_dim} if narrow else {}),
     )
+    return out[:, :, :value_dim]
 
 
 def _scales(spec: KVSpec, k_scale: Any, v_scale: Any) -> tuple[jax.Array | None, jax.Array | None]:

@@ -27,11 +27,12 @@ from pallas_kernels.paged_attention.tpu_pages import (
     lanes_of,
     sublanes,
     value_lane,
+    work_dtype,
 )
 
 __all__ = ["attend", "kv_partition_spec", "kv_shape", "kv_spec", "prepare", "why_not", "write_kv"]
 
-SHARES_VALUES = True
+SHARES_VALUES = NARROW_VALUES = True
 MAX_HEAD_DIM = 256
 MAX_SHARED_HEAD_DIM = 1024  # of keys that are the values too
 TABLE_BYTES = 512 * 1024  # of page ids for one kernel: half of the scalar memory
@@ -90,7 +91,18 @@ def write_kv(kv: TpuPool, k, v, plan: TpuPlan, *, page_offset) -> TpuPool:
 
 
 def attend(
-    q, kv: TpuPool, plan: TpuPlan, *, page_offset, scale, sliding_window, soft_cap, sinks, k_scale, v_scale
+    q,
+    kv: TpuPool,
+    plan: TpuPlan,
+    *,
+    page_offset,
+    scale,
+    sliding_window,
+    soft_cap,
+    sinks,
+    k_scale,
+    v_scale,
+    value_dim: int | None = None,
 ):
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, lanes = kv.pages.shape
@@ -119,6 +131,7 @@ def attend(
         "row_pages": plan.batch.page_table.shape[1],
         "cores": blocks.cores,
         "vmem_bytes": blocks.vmem_bytes,
+        "value_lanes": lanes_of(value_dim or head_dim, kv.shared_values)[1],
     }
     groups = _row_groups(plan.batch)
     decodes = [_decodes(queries, logits, kv, rows, page_offset, blocks, common) for rows in groups]
@@ -127,12 +140,12 @@ def attend(
         token = jnp.arange(num_tokens)
         out = jnp.pad(out, ((0, max(num_tokens - out.shape[0], 0)), (0, 0), (0, 0)))[:num_tokens]
         for rows in groups:
-            chunks = _chunks(queries, logits, kv, plan.batch, rows, page_offset, blocks, common)
+            chunks = _chunks(queries, logits, kv, plan.batch, rows, page_offset, blocks, q.dtype, common)
             before = token < jnp.maximum(rows.query_starts[0], plan.batch.num_decode_rows)
             out = jnp.where(before[:, None, None], out, chunks)
     live = jnp.arange(num_tokens) < plan.batch.num_tokens
     start = value_lane(kv.head_dim, kv.shared_values)
-    out = jnp.where(live[:, None, None], out[:, :, start : start + head_dim], 0.0)
+    out = jnp.where(live[:, None, None], out[:, :, start : start + (value_dim or head_dim)], 0.0)
     if v_scale is not None:
         out *= jnp.repeat(v_scale, group)[:, None]
     return out.astype(q.dtype)
@@ -171,7 +184,7 @@ def _row_groups(batch: RaggedBatch) -> list[RowGroup]:
 
 
 def _decodes(queries, sinks, kv: TpuPool, rows: RowGroup, page_offset, blocks, common) -> jax.Array:
-    """float32[R', H, L]: the results of decode rows, anything in the others."""
+    """float32[R', H, L']: the results of decode rows, anything in the others."""
     num_heads, lanes = queries.shape[1:]
     num_kv_heads, group = kv.pages.shape[2], queries.shape[1] // kv.pages.shape[2]
     padding = -group % 8
@@ -198,19 +211,22 @@ def _decodes(queries, sinks, kv: TpuPool, rows: RowGroup, page_offset, blocks, c
         jnp.broadcast_to(sinks[..., None], (*sinks.shape, LANES)),
         config,
     )
-    return out[:, :, :group].reshape(num_rows, num_heads, lanes)
+    return out[:, :, :group].reshape(num_rows, num_heads, -1)
 
 
 def _chunks(
-    queries, sinks, kv: TpuPool, batch: RaggedBatch, rows: RowGroup, page_offset, blocks, common
+    queries, sinks, kv: TpuPool, batch: RaggedBatch, rows: RowGroup, page_offset, blocks, dtype, common
 ) -> jax.Array:
-    """float32[T, H, L]: the results of rows that are not decode rows, anything in the others."""
+    """float32[T, H, L']: the results of rows that are not decode rows, anything in the others."""
     num_tokens, num_heads, lanes = queries.shape
+    own_heads, work = num_heads // blocks.cores, work_dtype(kv.pages.dtype)
+    by_token = kv.pages.shape[2] == blocks.cores and own_heads % sublanes(work) == 0
     config = tpu_chunks.ChunkConfig(
         tile=blocks.chunk_tile,
         small_tile=blocks.chunk_small_tile,
         block_pages=blocks.chunk_pages,
         buffers=blocks.chunk_buffers,
+        by_token=by_token,
         **common,
     )
     tree = None
@@ -219,6 +235,10 @@ def _chunks(
         tree = jnp.broadcast_to(tree[..., None], (*tree.shape, LANES))
     queries = jnp.pad(queries, ((0, config.tile), (0, 0), (0, 0)))
     queries = queries.reshape(num_tokens + config.tile, config.cores, -1, lanes).swapaxes(0, 1)
+    if by_token:
+        queries, sinks = queries.astype(work), sinks.reshape(config.cores, own_heads, 1)
+    else:
+        sinks = sinks[:, None, None]
     out = tpu_chunks.attend_chunks(
         queries,
         kv.pages,
@@ -226,8 +246,9 @@ def _chunks(
         rows.context_lens,
         rows.table,
         jnp.stack([rows.num_decode_rows, rows.num_rows, page_offset]),
-        jnp.broadcast_to(sinks[:, None, None], (num_heads, 1, LANES)),
+        jnp.broadcast_to(sinks, (*sinks.shape[:2], LANES)),
         tree,
+        dtype if by_token else jnp.float32,
         config,
     )
-    return out.swapaxes(0, 1).reshape(-1, num_heads, lanes)[:num_tokens]
+    return out.swapaxes(0, 1).reshape(-1, num_heads, config.value_lanes)[:num_tokens].astype(jnp.float32)

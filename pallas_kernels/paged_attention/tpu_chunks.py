@@ -2,7 +2,9 @@
 
 A tile is `tile` query tokens of one row and all its heads; a tile of few tokens takes a smaller static size, since its
 cost is that of passing keys and values through the matrix units. Within a tile the rows of a KV head are ordered by
-query head, then token, so a mask is made once and serves the whole group. The blocks of all tiles form one sequence and
+query head, then token, so a mask is made once and serves the whole group. With one KV head and whole tiles of query
+heads they are ordered by token, then head, as they come: nothing is moved, so they come and go in half the bytes where
+the products take bfloat16. The blocks of all tiles form one sequence and
 are copied ahead as in `tpu_decode`. Blocks that every query of the tile sees whole are attended without a mask.
 
 Queries come and results go in whole tiles: what a tile writes behind its row's last token belongs to the tiles after it,
@@ -22,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.batch import tree_allows
-from pallas_kernels.paged_attention.tpu_pages import LANES, MASKED, BlockCopies, product, spread
+from pallas_kernels.paged_attention.tpu_pages import LANES, MASKED, BlockCopies, product, spread, work_dtype
 from pallas_kernels.paged_attention.tpu_walk import Place, TileWalk
 
 FIRST_ROW, ROWS, OFFSET = 0, 1, 2  # places in `meta`
@@ -30,9 +32,10 @@ FIRST_ROW, ROWS, OFFSET = 0, 1, 2  # places in `meta`
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """What is static in the kernel; see `DecodeConfig` for window, cap, row_pages and cores.
+    """What is static in the kernel; see `DecodeConfig` for window, cap, row_pages, cores and value_lanes.
 
     Attributes:
+      by_token: rows are ordered by token, then query head. For one KV head, and query heads of whole tiles.
       tile, small_tile: query tokens per tile, and of a tile with so few; powers of two.
       block_pages, buffers: pages per block, and how many blocks are in VMEM at once.
     """
@@ -46,6 +49,8 @@ class ChunkConfig:
     row_pages: int
     cores: int
     vmem_bytes: int
+    value_lanes: int
+    by_token: bool
 
 
 def attend_chunks(
@@ -57,28 +62,29 @@ def attend_chunks(
     meta: jax.Array,
     sinks: jax.Array,
     tree: jax.Array | None,
+    out_dtype: jnp.dtype,
     config: ChunkConfig,
 ) -> jax.Array:
     """Softmax attention of rows with any number of query tokens.
 
     Args:
       q: float32[cores, N, H, L], each core's own H heads, scaled (by log2 e too); N at least `tile` more than the
-        tokens there are.
+        tokens there are. By token: of `work_dtype`.
       pages: [P, C, K, S, L].
       query_starts: int32[R + 1]. context_lens: int32[R]. table: int32[R * MP].
       meta: int32[3]: rows [meta[FIRST_ROW], meta[ROWS]) are attended, meta[OFFSET] is added to page ids.
-      sinks: float32[cores * H, 1, 128], base-2 logits, equal lanes; MASKED where there is none.
+      sinks: float32[cores * H, 1, 128], base-2 logits, equal lanes; MASKED where there is none. By token:
+        [cores, H, 128].
       tree: int32[N, W, 128], equal lanes, tree masks as in `RaggedBatch`; or None.
 
     Returns:
-      float32[cores, N, H, L]; tokens of other rows are anything.
+      out_dtype[cores, N, H, L']; tokens of other rows are anything. out_dtype is float32 but by token.
     """
     _, num_slabs, num_kv_heads, page_size, lanes = pages.shape
     num_heads = q.shape[2]
     num_kv_heads //= config.cores
     stack = config.tile * (num_heads // num_kv_heads)
     state = pltpu.VMEM((num_kv_heads, stack, LANES), jnp.float32)
-    work_dtype = jnp.float32 if pages.dtype == jnp.float32 else jnp.bfloat16
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     words = () if tree is None else (tree,)
     return pl.pallas_call(
@@ -88,7 +94,9 @@ def attend_chunks(
             num_scalar_prefetch=4,
             grid=(config.cores,),
             in_specs=[
-                pl.BlockSpec((num_heads, 1, LANES), lambda core, *_: (core, 0, 0)),
+                pl.BlockSpec(
+                    (sinks.shape[0] // config.cores, *sinks.shape[1:]), lambda core, *_: (core, 0, 0)
+                ),
                 hbm,
                 hbm,
                 *(hbm for _ in words),
@@ -99,18 +107,18 @@ def attend_chunks(
                     (config.buffers, config.block_pages, num_slabs, num_kv_heads, page_size, lanes),
                     pages.dtype,
                 ),
-                pltpu.VMEM((config.buffers, config.tile, num_heads, lanes), jnp.float32),
-                pltpu.VMEM((2, config.tile, num_heads, lanes), jnp.float32),
-                pltpu.VMEM((num_kv_heads, stack, lanes), work_dtype),
+                pltpu.VMEM((config.buffers, config.tile, num_heads, lanes), q.dtype),
+                pltpu.VMEM((2, config.tile, num_heads, config.value_lanes), out_dtype),
+                pltpu.VMEM((num_kv_heads, stack, lanes), work_dtype(pages.dtype)),
                 state,
                 state,
-                pltpu.VMEM((num_kv_heads, stack, lanes), jnp.float32),
+                pltpu.VMEM((num_kv_heads, stack, config.value_lanes), jnp.float32),
                 pltpu.VMEM((config.tile, config.block_pages * page_size), jnp.float32),
                 pltpu.SemaphoreType.DMA((3, config.buffers)),
                 *(pltpu.VMEM((config.buffers, config.tile, *x.shape[1:]), jnp.int32) for x in words),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((*q.shape[:3], config.value_lanes), out_dtype),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=config.vmem_bytes, disable_bounds_checks=True),
     )(meta, query_starts, context_lens, table, sinks, q, pages, *words)
 
@@ -119,7 +127,7 @@ def attend_chunks(
 class TileCopies:
     """Brings tiles of queries (and of their tree masks) and sends tiles of results.
 
-    q, out: float32[cores, N, H, L] in HBM; queries [B, tile, H, L] and outputs [2, tile, H, L] in VMEM. tree: int32
+    q, out: [cores, N, H, L or L'] in HBM; queries [B, tile, H, L] and outputs [2, tile, H, L'] in VMEM. tree: int32
     [N, W, 128] in HBM and words [B, tile, W, 128] in VMEM, or None. semaphores: DMA [3, B]; the first row is not ours.
     """
 
@@ -149,10 +157,27 @@ class TileCopies:
         return pltpu.make_async_copy(source, target, self.semaphores.at[2, 0])
 
 
+@dataclass(frozen=True)
+class Softmax:
+    """A tile's softmax, in VMEM: M rows (queries of all heads) per KV head.
+
+    stacked: work_dtype[K, M, L], the queries. top, total: float32[K, M, 128]; acc: float32[K, M, L']. seen:
+    float32[tile, tokens], 1 where a query sees a position of the block. sinks: as `attend_chunks` takes them.
+    """
+
+    stacked: Any
+    top: Any
+    total: Any
+    acc: Any
+    seen: Any
+    sinks: Any
+    config: ChunkConfig
+
+
 def _kernel(meta, starts, contexts, table, sinks, q_hbm, pool, *rest, config: ChunkConfig, has_tree: bool):
     tree_hbm, rest = (rest[0], rest[1:]) if has_tree else (None, rest)
     out_hbm, pages, queries, outputs, stacked, top, total, acc, seen, semaphores, *words = rest
-    softmax = (stacked, top, total, acc, seen, sinks)
+    softmax = Softmax(stacked, top, total, acc, seen, sinks, config)
     core, tile_words = pl.program_id(0), words[0] if has_tree else None
     copies = BlockCopies(
         table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0], core * acc.shape[0]
@@ -193,7 +218,7 @@ def _kernel(meta, starts, contexts, table, sinks, q_hbm, pool, *rest, config: Ch
 
             copies.wait(at.block, slot, low, end)
             own_words = tile_words.at[query_slot] if tile_words is not None else None
-            _attend_block(pages.at[slot], softmax, size, config.cap, walk, at, own_words)
+            _attend_block(pages.at[slot], softmax, size, walk, at, own_words)
 
             @pl.when(ends)
             def _():
@@ -223,7 +248,7 @@ def _kernel(meta, starts, contexts, table, sinks, q_hbm, pool, *rest, config: Ch
         for_size(sent_small, lambda sent: tiles.leaving(0, 0, sent).wait())
 
 
-def _attend_block(pages, softmax, size: int, cap: float | None, walk: TileWalk, at: Place, words) -> None:
+def _attend_block(pages, softmax: Softmax, size: int, walk: TileWalk, at: Place, words) -> None:
     """Attends a block for the first `size` queries of a tile: without a mask where every query sees all of it."""
     low, end, position = walk.span(at.row, at.offset)
     base, tokens = at.block * walk.block_tokens, walk.block_tokens
@@ -234,7 +259,7 @@ def _attend_block(pages, softmax, size: int, cap: float | None, walk: TileWalk, 
 
     @pl.when(whole)
     def _():
-        _attend(pages, softmax, size, cap, None)
+        _attend(pages, softmax, size, None)
 
     @pl.when(jnp.logical_not(whole))
     def _():
@@ -248,63 +273,85 @@ def _attend_block(pages, softmax, size: int, cap: float | None, walk: TileWalk, 
             first_new = walk.first_new(at.row)
             own = [spread(words[:size, w, :], tokens) for w in range(words.shape[1])]
             visible &= tree_allows(own, key - first_new, query - first_new)
-        softmax[4][:size, :] = jnp.where(visible, 1.0, 0.0)
-        _attend(pages, softmax, size, cap, (low - base, end - base))
+        softmax.seen[:size, :] = jnp.where(visible, 1.0, 0.0)
+        _attend(pages, softmax, size, (low - base, end - base))
 
 
-def _load_tile(queries, softmax, size: int) -> None:
+def _load_tile(queries, softmax: Softmax, size: int) -> None:
     """Orders a tile's queries by KV head, query head and token, and starts their softmax."""
-    stacked, top, total, acc, _, sinks = softmax
+    stacked, top, total, acc, sinks = (
+        softmax.stacked,
+        softmax.top,
+        softmax.total,
+        softmax.acc,
+        softmax.sinks,
+    )
     num_kv_heads, _, lanes = stacked.shape
     group = queries.shape[1] // num_kv_heads
+
+    def begin(kv_head, rows, query, sink):
+        stacked[kv_head, rows, :] = query.astype(stacked.dtype)
+        top[kv_head, rows, :] = sink
+        total[kv_head, rows, :] = jnp.where(sink > MASKED, 1.0, 0.0)
+        acc[kv_head, rows, :] = jnp.zeros((sink.shape[0], acc.shape[2]), jnp.float32)
+
+    if softmax.config.by_token:
+        sink = jnp.broadcast_to(sinks[...], (size, group, LANES)).reshape(size * group, LANES)
+        begin(0, pl.ds(0, size * group), queries[:size].reshape(size * group, lanes), sink)
+        return
 
     @pl.loop(0, num_kv_heads)
     def _(kv_head):
         for index in range(group):
-            head, rows = kv_head * group + index, pl.ds(index * size, size)
-            stacked[kv_head, rows, :] = queries[:size, head, :].astype(stacked.dtype)
+            head = kv_head * group + index
             sink = jnp.broadcast_to(sinks[head], (size, LANES))
-            top[kv_head, rows, :] = sink
-            total[kv_head, rows, :] = jnp.where(sink > MASKED, 1.0, 0.0)
-            acc[kv_head, rows, :] = jnp.zeros((size, lanes), jnp.float32)
+            begin(kv_head, pl.ds(index * size, size), queries[:size, head, :], sink)
 
 
-def _store_tile(outputs, softmax, size: int) -> None:
+def _store_tile(outputs, softmax: Softmax, size: int) -> None:
     """Divides by the softmax's sums, and puts the results back in the order of tokens."""
-    _, _, total, acc, _, _ = softmax
+    total, acc = softmax.total, softmax.acc
     num_kv_heads, _, lanes = acc.shape
     group = outputs.shape[1] // num_kv_heads
+
+    def result(kv_head, rows):
+        scale = 1.0 / total[kv_head, rows, :]
+        return (acc[kv_head, rows, :] * spread(scale, lanes)).astype(outputs.dtype)
+
+    if softmax.config.by_token:
+        outputs[:size] = result(0, pl.ds(0, size * group)).reshape(size, group, lanes)
+        return
 
     @pl.loop(0, num_kv_heads)
     def _(kv_head):
         for index in range(group):
             rows = pl.ds(index * size, size)
-            scale = 1.0 / total[kv_head, rows, :]
-            outputs[:size, kv_head * group + index, :] = acc[kv_head, rows, :] * spread(scale, lanes)
+            outputs[:size, kv_head * group + index, :] = result(kv_head, rows)
 
 
-def _attend(pages, softmax, size: int, cap: float | None, fetched) -> None:
+def _attend(pages, softmax: Softmax, size: int, fetched) -> None:
     """Adds a block to a tile's softmax, one KV head after another.
 
     pages: [BP, C, K, S, L]. fetched: None where every query sees the whole block; else the half-open range of
     positions within it that any query may see, and `seen` says which query sees what.
     """
-    stacked, top, total, acc, seen, _ = softmax
+    stacked, top, total, acc = softmax.stacked, softmax.top, softmax.total, softmax.acc
     num_pages, num_slabs, num_heads, page_size, lanes = pages.shape
-    tokens, group = num_pages * page_size, stacked.shape[1] // seen.shape[0]
+    tokens, width, cap = num_pages * page_size, acc.shape[2], softmax.config.cap
+    group = stacked.shape[1] // softmax.config.tile
     rows = pl.ds(0, group * size)
 
     @pl.loop(0, num_heads)
     def _(head):
         keys = pages[:, 0, head].astype(stacked.dtype).reshape(tokens, lanes)
-        values = keys if num_slabs == 1 else pages[:, 1, head].astype(stacked.dtype).reshape(tokens, lanes)
+        values = keys[:, :width]
+        if num_slabs == 2:
+            values = pages[:, 1, head].astype(stacked.dtype).reshape(tokens, lanes)
         logits = product(stacked[head, rows, :], keys, transposed=True)
         if cap is not None:
             logits = cap * jnp.tanh(logits)
         if fetched is not None:
-            visible = (seen[:size, :] > 0.0)[None]
-            logits = logits.reshape(group, size, tokens)
-            logits = jnp.where(visible, logits, MASKED).reshape(group * size, tokens)
+            logits = _masked(logits, softmax.seen[:size, :], softmax.config.by_token)
             # What was never written may be NaN, and 0 times NaN is NaN.
             at = lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
             values = jnp.where((at >= fetched[0]) & (at < fetched[1]), values, jnp.zeros_like(values))
@@ -315,4 +362,14 @@ def _attend(pages, softmax, size: int, cap: float | None, fetched) -> None:
         top[head, rows, :] = new
         total[head, rows, :] = total[head, rows, :] * shrink + jnp.sum(weights, axis=1, keepdims=True)
         added = product(weights.astype(stacked.dtype), values, transposed=False)
-        acc[head, rows, :] = acc[head, rows, :] * spread(shrink, lanes) + added
+        acc[head, rows, :] = acc[head, rows, :] * spread(shrink, width) + added
+
+
+def _masked(logits: jax.Array, seen: jax.Array, by_token: bool) -> jax.Array:
+    """logits [M, tokens] of a group of heads; seen [size, tokens]."""
+    size, tokens = seen.shape
+    if by_token:
+        logits, visible = logits.reshape(size, -1, tokens), (seen > 0.0)[:, None]
+    else:
+        logits, visible = logits.reshape(-1, size, tokens), (seen > 0.0)[None]
+    return jnp.where(visible, logits, MASKED).reshape(-1, tokens)

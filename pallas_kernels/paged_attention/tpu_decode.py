@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention.tpu_pages import LANES, MASKED, BlockCopies, product, spread
+from pallas_kernels.paged_attention.tpu_pages import LANES, MASKED, BlockCopies, product, spread, work_dtype
 from pallas_kernels.paged_attention.tpu_walk import RowWalk
 
 ROWS, OFFSET = 0, 1  # places in `meta`
@@ -33,6 +33,7 @@ class DecodeConfig:
       cap: soft cap in units of the base-2 logits, or None: queries are divided by it.
       row_pages: MP.
       cores: that share the KV heads: 2 where a device is two cores and the heads divide.
+      value_lanes: L', of a slab from its first lane on, that are multiplied as values; L where it is not shared.
     """
 
     block_pages: int
@@ -43,6 +44,7 @@ class DecodeConfig:
     row_pages: int
     cores: int
     vmem_bytes: int
+    value_lanes: int
 
 
 def decode(
@@ -63,13 +65,13 @@ def decode(
       sinks: float32[K, G, 128], base-2 logits, equal lanes; MASKED where there is none.
 
     Returns:
-      float32[R, K, G, L]; rows from meta[ROWS] on are not written.
+      float32[R, K, G, L']; rows from meta[ROWS] on are not written.
     """
     _, num_slabs, num_kv_heads, page_size, lanes = pages.shape
     group = q.shape[2]
     num_kv_heads //= config.cores
     buffer = (config.buffers, config.block_pages, num_slabs, num_kv_heads, page_size, lanes)
-    per_row = (config.buffers, num_kv_heads, group, lanes)
+    per_row = (config.buffers, num_kv_heads, group)
     state = pltpu.VMEM((num_kv_heads, group, LANES), jnp.float32)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
@@ -86,15 +88,15 @@ def decode(
             out_specs=hbm,
             scratch_shapes=[
                 pltpu.VMEM(buffer, pages.dtype),
-                pltpu.VMEM(per_row, jnp.float32),
-                pltpu.VMEM(per_row, jnp.float32),
+                pltpu.VMEM((*per_row, lanes), jnp.float32),
+                pltpu.VMEM((*per_row, config.value_lanes), jnp.float32),
                 state,
                 state,
-                pltpu.VMEM((num_kv_heads, group, lanes), jnp.float32),
+                pltpu.VMEM((num_kv_heads, group, config.value_lanes), jnp.float32),
                 pltpu.SemaphoreType.DMA((3, config.buffers)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((*q.shape[:3], config.value_lanes), jnp.float32),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=config.vmem_bytes, disable_bounds_checks=True),
     )(meta, context_lens, table, sinks, q, pages)
 
@@ -213,16 +215,18 @@ def _attend_block(pages, begins, ends, part_pages: int, attend) -> None:
 def _attend(query, top, total, acc, pages, seen, *, cap):
     """Adds some pages to a row's softmax, head by head.
 
-    query: float32[K, G, L]. top, total: float32[K, G, 128]; acc: float32[K, G, L]. pages: [p, C, K, S, L].
+    query: float32[K, G, L]. top, total: float32[K, G, 128]; acc: float32[K, G, L']. pages: [p, C, K, S, L].
     seen: None (all of them), or the half-open range of positions within the pages that the query sees.
     """
     num_pages, num_slabs, num_heads, page_size, lanes = pages.shape
-    tokens = num_pages * page_size
-    work_dtype = jnp.float32 if pages.dtype == jnp.float32 else jnp.bfloat16
+    tokens, width = num_pages * page_size, acc.shape[2]
+    dtype = work_dtype(pages.dtype)
     for head in range(num_heads):
-        keys = pages[:, 0, head].astype(work_dtype).reshape(tokens, lanes)
-        values = keys if num_slabs == 1 else pages[:, 1, head].astype(work_dtype).reshape(tokens, lanes)
-        logits = product(query[head].astype(work_dtype), keys, transposed=True)
+        keys = pages[:, 0, head].astype(dtype).reshape(tokens, lanes)
+        values = keys[:, :width]
+        if num_slabs == 2:
+            values = pages[:, 1, head].astype(dtype).reshape(tokens, lanes)
+        logits = product(query[head].astype(dtype), keys, transposed=True)
         if cap is not None:
             logits = cap * jnp.tanh(logits)
         if seen is not None:
@@ -237,5 +241,5 @@ def _attend(query, top, total, acc, pages, seen, *, cap):
         shrink = jnp.exp2(old - new)
         top[head] = new
         total[head] = total[head] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        added = product(weights.astype(work_dtype), values, transposed=False)
-        acc[head] = acc[head] * spread(shrink, lanes) + added
+        added = product(weights.astype(dtype), values, transposed=False)
+        acc[head] = acc[head] * spread(shrink, width) + added

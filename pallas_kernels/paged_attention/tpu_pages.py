@@ -142,6 +142,11 @@ class BlockCopies:
                 ).wait()
 
 
+def work_dtype(pool_dtype: Any) -> Any:
+    """What the matrix products take: float32 of a float32 pool, else bfloat16."""
+    return jnp.float32 if jnp.dtype(pool_dtype) == jnp.float32 else jnp.bfloat16
+
+
 def product(a: jax.Array, b: jax.Array, *, transposed: bool) -> jax.Array:
     """a @ b, or a @ b.T, in float32; b in a's dtype. Float32 operands are multiplied in full precision."""
     dimensions = (((1,), (1 if transposed else 0,)), ((), ()))

@@ -140,6 +140,6 @@ def test_latent_attention(case, devices):
     actual = jax.jit(lambda x: layer(x, tables, attend, None, index)[0])(x)
     np.testing.assert_allclose(actual, expected_output(block, rotary, x), rtol=2e-4, atol=2e-4)
     # One latent and one rotated key for all heads: what the paper keeps.
-    assert seen["kind"] == KVKind(1, LATENT + ROPE, None, shared_values=True)
+    assert seen["kind"] == KVKind(1, LATENT + ROPE, None, shared_values=True, value_dim=LATENT)
     assert seen["q"] == (37, HEADS, LATENT + ROPE)
     assert seen["k"] == (37, devices, LATENT + ROPE)

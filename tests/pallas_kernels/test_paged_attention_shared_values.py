@@ -37,6 +37,31 @@ def test_values_that_are_the_keys_are_kept_once(implementation, kind):
     np.testing.assert_array_equal(kept_once, kept_twice[:, :1])
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
+def test_a_value_may_be_the_first_numbers_of_a_key(implementation):
+    step = STEPS["mixed"]
+    kv = pa.write_kv(step.kv[:, :1], step.k, step.k, step.batch, page_offset=0, implementation=implementation)
+    options = {"page_offset": 0, "scale": 0.3, "implementation": implementation}
+    whole = pa.attend(step.q, kv, step.batch, **options)
+    narrow = pa.attend(step.q, kv, step.batch, **options, value_dim=10)
+    np.testing.assert_array_equal(narrow, whole[:, :, :10])
+
+
+@pytest.mark.parametrize(("halves", "value_dim"), [(1, 0), (1, 17), (2, 10)])
+def test_a_width_that_no_value_has_is_refused(halves, value_dim):
+    step = STEPS["mixed"]
+    with pytest.raises(ValueError, match=f"value_dim is {value_dim}: it must be None, or from 1 to"):
+        pa.attend(
+            step.q,
+            step.kv[:, :halves],
+            step.batch,
+            page_offset=0,
+            scale=0.3,
+            value_dim=value_dim,
+            implementation="reference",
+        )
+
+
 def test_the_pool_has_half_the_bytes():
     sizes = [
         math.prod(pa.kv_shape(4, 8, 1, 576, jnp.bfloat16, shared_values=shared, implementation="xla").shape)

@@ -116,13 +116,18 @@ SHAPES = {
         num_tokens=4, kv_dtype="int8", page_size=32, dtype="bfloat16", options={"soft_cap": 3.0}
     ),
     "fewer tokens than rows": tpu_shape(num_tokens=3),
-    "latents": latent_shape(),
+    "latents": latent_shape(options={"value_dim": 128}),
+    # 8 heads of float32 and 16 of bfloat16 are whole tiles: their rows are ordered by token.
     "latents, window, cap, sinks": latent_shape(
-        head_dim=36, options={"sliding_window": 11, "soft_cap": 2.0, "sinks": True}
+        heads=8,
+        head_dim=36,
+        options={"sliding_window": 11, "soft_cap": 2.0, "sinks": True, "value_dim": 32},
     ),
-    "latents, trees, bfloat16": latent_shape(dtype="bfloat16", page_size=16, heads=16, tree_words=1),
-    "latents, int8": latent_shape(kv_dtype="int8", page_size=32, pages_per_row=3, dtype="bfloat16"),
-    "latents, decode": latent_shape(num_tokens=4, heads=9),
+    "latents, trees, bfloat16": latent_shape(
+        dtype="bfloat16", page_size=16, heads=16, tree_words=1, options={"value_dim": 100}
+    ),
+    "latents, int8": latent_shape(heads=16, kv_dtype="int8", page_size=32, pages_per_row=3, dtype="bfloat16"),
+    "latents, decode": latent_shape(num_tokens=4, heads=9, options={"value_dim": 120}),
     "latents, decode, fp8, window": latent_shape(
         num_tokens=4,
         kv_dtype="float8_e4m3fn",

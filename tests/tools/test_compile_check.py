@@ -144,10 +144,11 @@ def test_every_model_is_checked_at_the_heads_that_one_device_has():
 def test_latent_attention_has_one_head_of_keys_on_every_device():
     cases = kernels.cases(V6E, ["deepseek-v2-lite", "deepseek-v3"])
     heads = {case.heads.model: case.heads for case in cases}
-    assert {name: (h.heads, h.kv_heads, h.head_dim, h.shared_values) for name, h in heads.items()} == {
-        "deepseek-v2-lite / 4": (4, 1, 576, True),
-        "deepseek-v3 / 4": (32, 1, 576, True),
+    assert {name: (h.heads, h.kv_heads, h.head_dim, h.value_dim) for name, h in heads.items()} == {
+        "deepseek-v2-lite / 4": (4, 1, 576, 512),
+        "deepseek-v3 / 4": (32, 1, 576, 512),
     }
+    assert all(h.shared_values for h in heads.values())
     assert {case.op for case in cases} == {"paged_attention"}
     assert {case.kv_dtype for case in cases} == {"bfloat16", "int8", "float8_e4m3fn"}
     # The GPU's kernels keep keys and values apart.

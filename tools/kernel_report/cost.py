@@ -73,7 +73,8 @@ def cost_of(root: Region, utilization: Utilization, case: Case, target: TPUTarge
     used = {unit: sum(region.units.get(unit, 0) for region in parts) for unit in utilization.capacity}
     # A row streams once through a tile for q k^T and once for p v; each tile is mxu_size keys wide and as many
     # numbers of the head deep.
-    passes = 2 * -(-case.heads.head_dim // target.mxu_size)
+    widths = (case.heads.head_dim, case.heads.value_dim or case.heads.head_dim)
+    passes = sum(-(-width // target.mxu_size) for width in widths)
     rows_per_cycle = target.flops_per_cycle / (2 * target.mxu_size**2)
     return Cost(
         bundles=bundles,
