@@ -23,7 +23,7 @@ class Heads:
     head_dim: int
     window: int | None = None
     soft_cap: float | None = None
-    value_dim: int | None = None  # latent attention: so many numbers of a key are its value, which is not kept again
+    value_dim: int | None = None  # latent attention: so many numbers of a key are its value
 
     @property
     def shared_values(self) -> bool:
