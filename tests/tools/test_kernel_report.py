@@ -172,6 +172,14 @@ def test_a_missing_kernel_names_those_that_are_there(tmp_path):
 def test_head_sizes_count_as_the_chip_pads_them():
     assert bytes_per_token(replace(CASE, heads=replace(SHAPE, head_dim=96))) == bytes_per_token(CASE) == 512
     assert bytes_per_token(replace(CASE, kv_dtype="int8")) == 256
+    latent = replace(CASE, heads=replace(SHAPE, head_dim=576, value_dim=512))
+    assert bytes_per_token(latent) == 640 * 2  # once
+
+
+def test_a_narrow_value_takes_fewer_passes(root):
+    heads = replace(SHAPE, head_dim=576, value_dim=512)  # three units of 256 deep for q k^T, two wide for p v
+    cost = cost_of(root, utilization_of(PROGRAM), replace(CASE, heads=heads), V6E)
+    assert cost.pairs == 32 * 256 // 5
 
 
 def test_the_table_has_a_cell_for_every_column(root):
@@ -198,6 +206,15 @@ def test_what_ptxas_and_the_disassembler_say(tmp_path):
 def test_every_case_has_jaxs_beside_it_on_tpu_only():
     assert {case.implementation for case in default_cases("tpu")} == {"tpu", "jax"}
     assert {case.implementation for case in default_cases("gpu")} == {"gpu"}
+    latents = [case for case in default_cases("tpu") if case.heads.shared_values]
+    assert {(case.heads.heads, case.phase) for case in latents} == {
+        (4, "decode"),
+        (4, "mixed"),
+        (32, "decode"),
+        (32, "mixed"),
+    }
+    assert {case.implementation for case in latents} == {"tpu"}
+    assert not any(case.heads.shared_values for case in default_cases("gpu"))
 
 
 def test_an_unknown_target_lists_the_known_ones():

@@ -12,14 +12,21 @@ def shapes() -> list[Heads]:
     return [read_heads("llama-3-8b"), read_heads("llama-3-70b").share(8), read_heads("gemma-2-9b")]
 
 
+def latents() -> list[Heads]:
+    """Latent attention as one of four devices has it: DeepSeek V2 Lite, and V3 with eight times the query heads."""
+    return [read_heads("deepseek-v2-lite").share(4), read_heads("deepseek-v3").share(4)]
+
+
 def default_cases(kind: str) -> list[Case]:
     """For `tpu`, each of ours with jax's beside it; for `gpu`, ours."""
     cases = []
     for heads in shapes():
         for phase in ("decode", "mixed"):
             cases.append(Case("paged_attention", phase, heads, kind))
-    if kind == "tpu":  # the GPU kernels read bf16 pages alone
+    if kind == "tpu":  # the GPU kernels read bf16 pages alone, and keep keys and values apart
         cases.append(Case("paged_attention", "decode", read_heads("llama-3-8b"), kind, kv_dtype="int8"))
+        for heads in latents():
+            cases += [Case("paged_attention", phase, heads, kind) for phase in ("decode", "mixed")]
     for heads in (read_heads("llama-3-8b"), read_heads("gemma-2-9b"), read_heads("phi-3-mini")):
         cases.append(Case("flash_attention", "prefill", heads, kind, rows=1, context=8192))
     if kind == "gpu":
@@ -28,6 +35,7 @@ def default_cases(kind: str) -> list[Case]:
 
 
 def _jax_twin(case: Case) -> Case | None:
-    if case.kv_dtype == "int8":  # jax's own takes one scale for the whole pool: not the same work
+    # jax's own takes one scale for the whole pool, and keeps keys and values apart: not the same work
+    if case.kv_dtype == "int8" or case.heads.shared_values:
         return None
     return replace(case, implementation="jax")
