@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jinfer import ModelError, load_params
+from jinfer import ModelError, load_params, programs
 from jinfer.config import EngineConfig
 from jinfer.programs import buckets, compiler_options, step_sizes
 from jinfer.runner import Runner
@@ -94,9 +94,14 @@ def test_each_platform_has_its_own_way_to_say_an_optimization_level():
     assert compiler_options(None, is_cpu=False) is None
     assert compiler_options(1, is_cpu=False) == {"optimization_level": 19}
     assert compiler_options(None, is_cpu=True) == compiler_options(1, is_cpu=True)
-    levels = [compiler_options(level, is_cpu=True) for level in range(4)]
-    assert [options and options["xla_backend_optimization_level"] for options in levels] == [0, 1, 2, 3]
-    assert [level for level, options in enumerate(levels) if options and len(options) > 1] == [0]
+    levels = [compiler_options(level, is_cpu=True) or {} for level in range(4)]
+    assert [options["xla_backend_optimization_level"] for options in levels] == [0, 1, 2, 3]
+    assert ["xla_cpu_use_fusion_emitters" in options for options in levels] == [True, True, False, False]
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr(programs, "NO_EMITTERS", {"xla_cpu_option_of_another_version": False})
+    assert compiler_options(0, is_cpu=True) == {"xla_backend_optimization_level": 0}
 
 
 @pytest.mark.parametrize("level", [0, 3])

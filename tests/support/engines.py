@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {
     "block_size": 8,
     "max_model_len": 256,
     "warmup": False,
-    "optimization_level": 0,  # compiles in a third of the time; `served_engine` compiles as a server does
+    "optimization_level": 0,  # compiles in half the time; `served_engine` compiles as a server does
 }
 
 
