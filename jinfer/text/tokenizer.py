@@ -195,7 +195,19 @@ def _build_with_transformers(
             f"the tokenizer of {folder} ({type(built).__name__}) has no fast version, and jinfer runs no "
             "Python tokenizers: convert it to tokenizer.json"
         )
+    _refuse_no_vocabulary(folder, backend)
     return backend, {name: str(token) for name, token in built.special_tokens_map.items()}
+
+
+def _refuse_no_vocabulary(folder: Path, backend: tokenizers.Tokenizer) -> None:
+    """transformers makes a tokenizer of a few special tokens where a class finds no vocabulary file of its own."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if not backend.get_vocab(with_added_tokens=False).keys() - special - {"▁"}:
+        raise ModelError(
+            f"no usable tokenizer in {folder}: it has no vocabulary (tokenizer.json, or tokenizer.model, or vocab.json "
+            "with merges.txt), only special tokens. Copy tokenizer.json there from where the weights come from, or name "
+            "the folder or hub id of the model's own tokenizer by --tokenizer"
+        )
 
 
 def _generation_eos_ids(folder: Path) -> list[int]:

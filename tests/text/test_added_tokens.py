@@ -112,3 +112,36 @@ def test_a_vocabulary_without_tokenizer_json_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01 not a sentencepiece model")
     with pytest.raises(ModelError, match="no usable tokenizer in .*jinfer needs tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
+
+
+# transformers builds each of these from nothing: special tokens and no word.
+WITHOUT_VOCABULARY = {
+    **{kind: (kind, None, []) for kind in ("qwen2", "qwen3", "gemma", "gemma3_text", "phi", "starcoder2")},
+    "llama, named": ("llama", "LlamaTokenizer", []),
+    "qwen2, named": ("qwen2", "Qwen2Tokenizer", []),
+    "gemma, named": ("gemma", "GemmaTokenizer", []),
+    "sentencepiece with one space": ("llama", "T5Tokenizer", []),
+    "another class's files": ("llama", "LlamaTokenizer", ["vocab.json", "merges.txt"]),
+    "empty files": ("qwen2", "Qwen2Tokenizer", ["vocab.json", "merges.txt"]),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_VOCABULARY)
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path, case):
+    model_type, name, files = WITHOUT_VOCABULARY[case]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if name is not None:
+        added = {"7": {"content": "<|im_start|>", "special": True}}
+        config = {"tokenizer_class": name, "added_tokens_decoder": added}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for file in files:
+        (tmp_path / file).write_text("{}" if file == "vocab.json" else "")
+    with pytest.raises(ModelError, match="no usable tokenizer in .*tokenizer.json.*--tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_vocab_and_merges_are_vocabulary_enough(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert Tokenizer.from_folder(tmp_path).encode("abba") == [2, 1, 0]
