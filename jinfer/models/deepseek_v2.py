@@ -124,4 +124,4 @@ def config(fields: Fields) -> ModelConfig:
     return with_experts(fields, dense, router, bias=fields.boolean("mlp_bias", default=False))
 
 
-FAMILY = Family(config, WeightMap(layer=WEIGHTS, ignored_suffixes=("rotary_emb.inv_freq",)))
+FAMILY = Family(config, WeightMap(layer=WEIGHTS))

@@ -44,6 +44,4 @@ def config(fields: Fields) -> ModelConfig:
 
 
 # Published checkpoints have one more layer, which predicts a second token ahead.
-FAMILY = Family(
-    config, WeightMap(layer=WEIGHTS, ignored_suffixes=("rotary_emb.inv_freq",), ignores_more_layers=True)
-)
+FAMILY = Family(config, WeightMap(layer=WEIGHTS, ignores_more_layers=True))

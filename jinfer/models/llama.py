@@ -12,5 +12,4 @@ def config(fields: Fields) -> ModelConfig:
     return common_config(fields, attention_bias="attention_bias", mlp_bias="mlp_bias")
 
 
-# Old checkpoints carry the rotary frequencies as a buffer, which no model reads.
-FAMILY = Family(config, WeightMap(ignored_suffixes=("rotary_emb.inv_freq",)))
+FAMILY = Family(config, WeightMap())

@@ -158,14 +158,14 @@ class WeightMap:
     """A family's names. `top` by parameter path; `layer` by path inside a layer, under `layer_prefix`.
 
     Both are given as what differs from `TOP` and `LAYER`. Entries for parameters that a model lacks are not used.
-    ignored_suffixes: of tensors that checkpoints carry and no model reads. ignores_more_layers: checkpoints may have
-    layers beyond the model's last, which predict several tokens ahead.
+    ignored_suffixes: of tensors that checkpoints carry and no model reads; older ones have the rotary frequencies.
+    ignores_more_layers: checkpoints may have layers beyond the model's last, which predict several tokens ahead.
     """
 
     top: Mapping[str, Recipe] = field(default_factory=dict)
     layer_prefix: str = "model.layers.{}."
     layer: Mapping[str, Recipe] = field(default_factory=dict)
-    ignored_suffixes: tuple[str, ...] = ()
+    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     ignores_more_layers: bool = False
 
     def leaves(self, spec: ModelSpec, mesh: Mesh, names: Collection[str] | None = None) -> list[Leaf]:
