@@ -7,6 +7,7 @@ What families share is read here. A family's own reader, in the file named as it
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from jinfer.models.fields import Fields
 from jinfer.models.layer import LayerSpec
 from jinfer.models.rope_config import read_rotary
 from jinfer.weights.files import read_json_object
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -154,7 +157,7 @@ def read_config(
     if not (folder / GENERATION_FILE).is_file():
         return config
     generation = Fields(read_json_object(folder / GENERATION_FILE), str(folder / GENERATION_FILE))
-    more = generation.integers("eos_token_id", low=0, high=config.vocab_size - 1)
+    more = read_ids(generation, "eos_token_id", config.vocab_size)
     eos = tuple(dict.fromkeys(config.eos_token_ids + more))
     return dataclasses.replace(config, eos_token_ids=eos)
 
@@ -186,6 +189,9 @@ def common_config(
     eps, activation: the keys under which this family keeps them. attention_bias, mlp_bias: a key, or whether all of
     this family have biases. gated: of the feed-forward block. theta, partial_rotary, interleaved: see `read_rotary`.
     """
+    fields.seen.add("is_causal")
+    if fields.values.get("is_causal", True) is not True:  # transformers takes a null for false
+        raise fields.error("is_causal", "true: attention to later tokens is not supported")
     heads = fields.integer("num_attention_heads", low=1, high=2**16)
     hidden = fields.integer("hidden_size", low=1, high=2**20)
     vocab = fields.integer("vocab_size", low=1, high=2**24)
@@ -202,7 +208,7 @@ def common_config(
     attention = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, rotary, qkv_bias=bias, out_bias=bias)
     width = fields.integer("intermediate_size", low=1, high=2**22)
     mlp = MLPSpec(width, read_activation(fields, activation), gated, bias=_flag(fields, mlp_bias))
-    bos = fields.integers("bos_token_id", low=0, high=vocab - 1)
+    bos = read_ids(fields, "bos_token_id", vocab)
     depth = fields.integer("num_hidden_layers", low=1, high=4096)
     return ModelConfig(
         model_type=fields.string("model_type"),
@@ -218,9 +224,25 @@ def common_config(
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
         dtype=_dtype(fields),
         bos_token_id=bos[0] if bos else None,
-        eos_token_ids=tuple(dict.fromkeys(fields.integers("eos_token_id", low=0, high=vocab - 1))),
+        eos_token_ids=read_ids(fields, "eos_token_id", vocab),
         architectures=_architectures(fields),
     )
+
+
+def read_ids(fields: Fields, key: str, vocab: int) -> tuple[int, ...]:
+    """Token ids, each once. Those outside of the vocabulary never occur, so they are left out, with a warning."""
+    found = dict.fromkeys(fields.integers(key, low=-(2**63), high=2**63 - 1))
+    ids = tuple(i for i in found if 0 <= i < vocab)
+    if len(ids) < len(found):
+        left_out = ", ".join(str(i) for i in found if i not in ids)
+        logger.warning(
+            "%s: %s has %s, outside of the vocabulary of %d tokens: left out",
+            fields.where,
+            key,
+            left_out[:120],
+            vocab,
+        )
+    return ids
 
 
 def read_window(fields: Fields, key: str = "sliding_window") -> int | None:

@@ -68,6 +68,13 @@ def test_every_key_of_transformers_is_read_or_has_no_effect(model_type):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_attention_to_later_tokens_is_refused(model_type):
+    with pytest.raises(ModelError, match="is_causal is False, expected true"):
+        read(model_type, is_causal=False)
+    assert read(model_type, is_causal=True) == read(model_type)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_family_is_one_short_file(model_type):
     assert len((MODELS / f"{model_type}.py").read_text().splitlines()) < 150
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Starcoder2Config
 
 from jinfer.errors import ModelError
 from jinfer.layers.attention import AttentionSpec
@@ -201,6 +201,25 @@ def test_generation_config_adds_stop_ids(config, generation, expected, tmp_path)
     )
 
 
+def test_ids_outside_of_the_vocabulary_are_left_out_with_a_warning(tmp_path, caplog):
+    ids = {"bos_token_id": -1, "eos_token_id": [2, 320, -1, 319]}
+    config = read_config(write(tmp_path, SMALL | ids, {"eos_token_id": [5, 50256]}))
+    assert (config.bos_token_id, config.eos_token_ids) == (None, (2, 319, 5))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.partition(": ")[2] for text in told] == [
+        "bos_token_id has -1, outside of the vocabulary of 320 tokens: left out",
+        "eos_token_id has 320, -1, outside of the vocabulary of 320 tokens: left out",
+        "eos_token_id has 50256, outside of the vocabulary of 320 tokens: left out",
+    ]
+
+
+def test_the_defaults_of_transformers_are_read(tmp_path):
+    """Their end token may be outside of their vocabulary."""
+    for theirs in (Starcoder2Config(), Starcoder2Config(vocab_size=300)):
+        theirs.save_pretrained(tmp_path)
+        assert read_config(tmp_path).vocab_size == theirs.vocab_size
+
+
 def test_config_can_key_a_cache(tmp_path):
     one, two = (read_config(write(tmp_path, LLAMA_31)) for _ in range(2))
     assert hash(one) == hash(two)
@@ -254,7 +273,9 @@ WRONG = {
     "flag is a number": (SMALL | {"attention_bias": 1}, "attention_bias is 1, expected true or false"),
     "dtype is unknown": (SMALL | {"torch_dtype": "int4"}, "torch_dtype is 'int4', expected one of float32"),
     "architectures": (SMALL | {"architectures": "LlamaForCausalLM"}, "architectures is .*, expected a list"),
-    "eos outside": (SMALL | {"eos_token_id": [2, 320]}, r"eos_token_id is \[2, 320\], expected .* 0 to 319"),
+    "eos is a float": (SMALL | {"eos_token_id": [2, 3.0]}, r"eos_token_id is \[2, 3.0\], expected an integer"),
+    "not causal": (SMALL | {"is_causal": False}, "is_causal is False, expected true"),
+    "not causal, as null": (SMALL | {"is_causal": None}, "is_causal is None, expected true"),
     "bos is text": (SMALL | {"bos_token_id": "<s>"}, "bos_token_id is '<s>'"),
     "theta": (SMALL | {"rope_theta": -1.0}, "rope_theta is -1.0"),
     "theta inside": (SMALL | {"rope_parameters": {"rope_theta": "big"}}, "rope_parameters: rope_theta is 'big'"),
@@ -290,7 +311,7 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("generation", ["text", [1], {"eos_token_id": "</s>"}, {"eos_token_id": [1, 320]}])
+@pytest.mark.parametrize("generation", ["text", [1], {"eos_token_id": "</s>"}, {"eos_token_id": [1, True]}])
 def test_broken_generation_config_is_named(generation, tmp_path):
     with pytest.raises(ModelError, match=r"generation_config.json"):
         read_config(write(tmp_path, SMALL, generation))
