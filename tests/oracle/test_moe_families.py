@@ -277,9 +277,7 @@ def pack_experts(folder: Path) -> None:
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    # transformers is told to decode them too: it has kernels for them on GPUs alone.
-    packed = {"quant_method": "mxfp4", "modules_to_not_convert": left, "dequantize": True}
-    config["quantization_config"] = packed
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": left}
     (folder / "config.json").write_text(json.dumps(config))
 
 

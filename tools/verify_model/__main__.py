@@ -1,15 +1,17 @@
 """`python -m tools.verify_model DIR`: is this checkpoint computed as transformers computes it?
 
 Loads the folder in jinfer and in transformers (CPU, float32), compares logits per position and greedy tokens, prints
-each comparison and a verdict. Exit status: 0 equal, 1 not equal, 2 the model cannot be loaded.
+each comparison and a verdict. Exit status: 0 equal, 1 not equal, 2 they could not be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = (*options.prompt_lengths, options.new_tokens, *options.tensor_parallel_sizes)
     if min(sizes) < 1:
         parser.error("lengths and sizes must be at least 1")
+    if not 0 < options.tolerance < math.inf:
+        parser.error(f"--tolerance is {options.tolerance}, expected a positive number")
+    if options.seed < 0:
+        parser.error(f"--seed is {options.seed}, expected 0 or more")
     logging.basicConfig(level=logging.WARNING)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 
@@ -54,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = verify_model(options.folder, settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        # Status 1, which Python would end with, is a verdict.
+        traceback.print_exc()
         return 2
     print(report)
     return 0 if report.passed else 1

@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinfer import Engine, EngineConfig, SamplingParams, forward, load_params
+from jinfer import ConfigError, Engine, EngineConfig, SamplingParams, forward, load_params
+from jinfer.errors import ModelError
+from jinfer.models.hf_config import ModelConfig, read_config
+from jinfer.models.loading import make_spec
+from jinfer.text import ChatTemplate, Tokenizer
 from tools.verify_model.reference import Reference, margin, relative_error
 
 # Small steps, so that a prompt is computed in chunks, several pages each.
@@ -77,9 +81,18 @@ class Expected:
 
 
 def random_prompts(settings: Settings, vocab_size: int, longest: int) -> dict[int, list[int]]:
-    """Prompts of the settings' lengths, cut where the model's context leaves no room for the new tokens."""
+    """Prompts of the settings' lengths, cut where the model's context leaves no room for the new tokens.
+
+    Raises:
+      ConfigError: there is room for no prompt at all.
+    """
     random = np.random.default_rng(settings.seed)
     room = longest - settings.new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"{settings.new_tokens} new tokens leave no room for a prompt, the model's context has {longest}: "
+            "ask for fewer"
+        )
     lengths = dict.fromkeys(min(length, room) for length in settings.prompt_lengths)
     return {length: random.integers(0, vocab_size, length).tolist() for length in lengths}
 
@@ -111,12 +124,21 @@ def verify_model(
       ValueError: a UserError of jinfer's: the folder, its config or its weights cannot be used.
     """
     settings = settings or Settings()
-    reference = reference or Reference(folder)
-    config = reference.model.config
+    folder = folder.resolve()
+    # What jinfer refuses is told in its own words, before transformers meets it.
+    config = _check(folder, settings)
     if expected is None:
         prompts = random_prompts(settings, config.vocab_size, config.max_position_embeddings)
-        expected = expectations(reference, prompts, settings.new_tokens)
-    logits = _compare_logits(folder, reference, expected, settings)
+    else:
+        prompts = {len(one.prompt): one.prompt for one in expected.values()}
+    longest = prompts[max(prompts)]
+    params = load_params(str(folder), dtype="float32", layer_loop="scan")
+    actual = np.asarray(jax.jit(forward)(params, jnp.asarray(longest)))
+    del params  # the reference takes as much memory
+
+    reference = reference or Reference(folder)
+    expected = expected or expectations(reference, prompts, settings.new_tokens)
+    logits = _compare_logits(actual, reference.logits(longest), settings.tolerance)
     with ThreadPoolExecutor(settings.threads) as pool:
         compare = functools.partial(_compare_tokens, folder, expected, settings)
         return Report(
@@ -124,15 +146,23 @@ def verify_model(
         )
 
 
-def _compare_logits(
-    folder: Path, reference: Reference, expected: Mapping[str, Expected], settings: Settings
-) -> Check:
-    name, longest = max(expected.items(), key=lambda item: len(item[1].prompt))
-    params = load_params(str(folder), dtype="float32", layer_loop="scan")
-    actual = np.asarray(jax.jit(forward)(params, jnp.asarray(longest.prompt)))
-    error = relative_error(actual, reference.logits(longest.prompt))
-    detail = f"largest deviation {error:.1e} of {settings.tolerance:.0e}"
-    return Check(f"logits, {name}", error < settings.tolerance, detail)
+def _check(folder: Path, settings: Settings) -> ModelConfig:
+    """Everything about the folder that can be refused without reading its weights."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder: give the one with config.json, weights and tokenizer")
+    config = read_config(folder)
+    for size in settings.tensor_parallel_sizes:
+        make_spec(config, EngineConfig(model=str(folder), tensor_parallel_size=size), "cpu")
+    Tokenizer.from_folder(folder)
+    ChatTemplate.from_folder(folder)
+    return config
+
+
+def _compare_logits(actual: np.ndarray, wanted: np.ndarray, tolerance: float) -> Check:
+    """float32[S, V] each, of a prompt of S tokens."""
+    error = relative_error(actual, wanted)
+    detail = f"largest deviation {error:.1e} of {tolerance:.0e}"
+    return Check(f"logits, prompt of {len(wanted)}", error < tolerance, detail)
 
 
 def _compare_tokens(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,49 @@ class Reference:
     """A model folder loaded by transformers, with attention computed by its plainest implementation.
 
     Raises:
-      ConfigError: torch or transformers is missing, or transformers cannot load the folder.
+      ConfigError: torch or transformers is missing, or transformers cannot load or compute the model.
     """
 
     def __init__(self, folder: Path) -> None:
         try:
             import torch
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise ConfigError(
                 "verify_model needs torch and transformers: pip install jinfer[test]"
             ) from error
         disable_progress_bar()
-        try:
+        self.folder = folder
+        with self._failing_to("load"):
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            packed = getattr(config, "quantization_config", None)
+            if isinstance(packed, dict) and packed.get("quant_method") == "mxfp4":
+                packed["dequantize"] = True  # computing with packed experts takes a package and a GPU
             model: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+                str(folder),
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
             )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"transformers cannot load {folder}: {' '.join(str(error).split())}") from error
         self.torch, self.model = torch, model.eval()
         # Generation goes on past an end token, as with ignore_eos; min_new_tokens would forbid it instead.
-        model.generation_config.eos_token_id = model.config.eos_token_id = None
+        model.generation_config.eos_token_id = None
+        for part in (model.config, model.config.get_text_config()):
+            part.eos_token_id = None
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """float32[S, V] of one sequence."""
-        self._forget()
-        with self.torch.no_grad():
+        with self._failing_to("compute"), self.torch.no_grad():
+            self._forget()
             return self.model(self.torch.tensor([list(tokens)])).logits[0].float().numpy()
 
     def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
         """`count` greedy tokens, and the float32[count, V] logits that they were the largest of."""
-        self._forget()
         ids = self.torch.tensor([list(prompt)])
-        with self.torch.no_grad():
+        with self._failing_to("compute"), self.torch.no_grad():
+            self._forget()
             result = self.model.generate(
                 ids,
                 attention_mask=self.torch.ones_like(ids),
@@ -63,8 +73,16 @@ class Reference:
 
     def _forget(self) -> None:
         # Rotary angles that grow with the length remember the longest sequence they saw.
-        with self.torch.no_grad():
-            self.model(self.torch.zeros((1, 1), dtype=self.torch.long))
+        self.model(self.torch.zeros((1, 1), dtype=self.torch.long))
+
+    @contextlib.contextmanager
+    def _failing_to(self, verb: str) -> Iterator[None]:
+        """What goes wrong inside is told in one line; transformers raises nearly every kind of exception."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"transformers cannot {verb} {self.folder}: {reason[:500]}") from error
 
 
 def margin(logits: np.ndarray) -> float:
