@@ -220,7 +220,7 @@ def _chunks(
     """float32[T, H, L']: the results of rows that are not decode rows, anything in the others."""
     num_tokens, num_heads, lanes = queries.shape
     own_heads, work = num_heads // blocks.cores, work_dtype(kv.pages.dtype)
-    by_token = kv.pages.shape[2] == blocks.cores and own_heads % sublanes(work) == 0
+    by_token = kv.pages.shape[2] in (1, blocks.cores) and own_heads % sublanes(work) == 0
     config = tpu_chunks.ChunkConfig(
         tile=blocks.chunk_tile,
         small_tile=blocks.chunk_small_tile,

@@ -85,9 +85,11 @@ def heuristic(shape: Shape, window: int | None, vmem: int, cores: int = 1) -> Bl
     512 query rows per KV head against 512 tokens; both matrix products are then large, and the softmax's state is
     touched once per 512 columns.
     """
-    # Two cores that are one device take half of the KV heads each.
-    cores = cores if shape.num_kv_heads % cores == 0 else 1
-    shape = replace(shape, num_heads=shape.num_heads // cores, num_kv_heads=shape.num_kv_heads // cores)
+    # Two cores that are one device take half of the KV heads each; of a single one, half of its query heads.
+    divides = shape.num_kv_heads % cores == 0 or (shape.num_kv_heads == 1 and shape.num_heads % cores == 0)
+    cores = cores if divides else 1
+    num_kv_heads = max(shape.num_kv_heads // cores, 1)
+    shape = replace(shape, num_heads=shape.num_heads // cores, num_kv_heads=num_kv_heads)
     num_slabs, lanes = lanes_of(shape.head_dim, shape.shared_values)
     item = jnp.dtype(shape.dtype).itemsize
     page_bytes = num_slabs * shape.num_kv_heads * shape.page_size * lanes * item

@@ -32,9 +32,10 @@ FIRST_ROW, ROWS, OFFSET = 0, 1, 2  # places in `meta`
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """What is static in the kernel; see `DecodeConfig` for window, cap, row_pages, cores and value_lanes.
+    """What is static in the kernel; see `DecodeConfig` for window, cap, row_pages and value_lanes.
 
     Attributes:
+      cores: 2 where a device is two cores: they share the KV heads, or the query heads of a single one.
       by_token: rows are ordered by token, then query head. For one KV head, and query heads of whole tiles.
       tile, small_tile: query tokens per tile, and of a tile with so few; powers of two.
       block_pages, buffers: pages per block, and how many blocks are in VMEM at once.
@@ -82,7 +83,7 @@ def attend_chunks(
     """
     _, num_slabs, num_kv_heads, page_size, lanes = pages.shape
     num_heads = q.shape[2]
-    num_kv_heads //= config.cores
+    num_kv_heads = max(num_kv_heads // config.cores, 1)
     stack = config.tile * (num_heads // num_kv_heads)
     state = pltpu.VMEM((num_kv_heads, stack, LANES), jnp.float32)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -119,7 +120,11 @@ def attend_chunks(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], config.value_lanes), out_dtype),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=config.vmem_bytes, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=config.vmem_bytes,
+            disable_bounds_checks=True,
+        ),
     )(meta, query_starts, context_lens, table, sinks, q, pages, *words)
 
 

@@ -32,7 +32,7 @@ class DecodeConfig:
       window: positions that a query sees, or None.
       cap: soft cap in units of the base-2 logits, or None: queries are divided by it.
       row_pages: MP.
-      cores: that share the KV heads: 2 where a device is two cores and the heads divide.
+      cores: 2 where a device is two cores: they share the KV heads, or the rows where the heads do not divide.
       value_lanes: L', of a slab from its first lane on, that are multiplied as values; L where it is not shared.
     """
 
@@ -69,7 +69,8 @@ def decode(
     """
     _, num_slabs, num_kv_heads, page_size, lanes = pages.shape
     group = q.shape[2]
-    num_kv_heads //= config.cores
+    split_heads = num_kv_heads % config.cores == 0
+    num_kv_heads = num_kv_heads // config.cores if split_heads else num_kv_heads
     buffer = (config.buffers, config.block_pages, num_slabs, num_kv_heads, page_size, lanes)
     per_row = (config.buffers, num_kv_heads, group)
     state = pltpu.VMEM((num_kv_heads, group, LANES), jnp.float32)
@@ -81,7 +82,9 @@ def decode(
             num_scalar_prefetch=3,
             grid=(config.cores,),
             in_specs=[
-                pl.BlockSpec((num_kv_heads, group, LANES), lambda core, *_: (core, 0, 0)),
+                pl.BlockSpec(
+                    (num_kv_heads, group, LANES), lambda core, *_: (core if split_heads else 0, 0, 0)
+                ),
                 hbm,
                 hbm,
             ],
@@ -97,7 +100,11 @@ def decode(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], config.value_lanes), jnp.float32),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=config.vmem_bytes, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=config.vmem_bytes,
+            disable_bounds_checks=True,
+        ),
     )(meta, context_lens, table, sinks, q, pages)
 
 
@@ -119,8 +126,12 @@ def _kernel(
     *,
     config: DecodeConfig,
 ):
-    num_rows = meta[ROWS]
-    first_head = pl.program_id(0) * acc.shape[0]
+    core, first_row, num_rows, first_head = pl.program_id(0), jnp.int32(0), meta[ROWS], jnp.int32(0)
+    if pool.shape[2] % config.cores == 0:
+        first_head = core * acc.shape[0]
+    else:
+        share = (meta[ROWS] + config.cores - 1) // config.cores
+        first_row, num_rows = core * share, jnp.minimum((core + 1) * share, meta[ROWS])
     heads = pl.ds(first_head, acc.shape[0])
     copies = BlockCopies(table, config.row_pages, meta[OFFSET], pool, pages, semaphores.at[0], first_head)
     block_tokens = config.block_pages * pool.shape[3]
@@ -163,7 +174,7 @@ def _kernel(
 
         @pl.when(next_row != row)
         def _():
-            @pl.when(row >= config.buffers)
+            @pl.when(row >= first_row + config.buffers)
             def _():
                 output_copy(row - config.buffers).wait()
 
@@ -179,16 +190,16 @@ def _kernel(
             *walk.following(ahead_row, ahead_block),
         )
 
-    @pl.when(num_rows > 0)
+    @pl.when(first_row < num_rows)
     def _():
-        first = ahead = (jnp.int32(0), walk.first_block(0))
+        first = ahead = (first_row, walk.first_block(first_row))
         for slot in range(config.buffers - 1):
             start(*ahead, slot)
             ahead = walk.following(*ahead)
         first = (*first, jnp.int32(0), *ahead)
         lax.while_loop(lambda state: state[0] < num_rows, step, first)
 
-        @pl.loop(jnp.maximum(num_rows - config.buffers, 0), num_rows)
+        @pl.loop(jnp.maximum(num_rows - config.buffers, first_row), num_rows)
         def _(row):
             output_copy(row).wait()
 

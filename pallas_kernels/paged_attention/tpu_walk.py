@@ -15,7 +15,7 @@ from jax import lax
 
 @dataclass(frozen=True)
 class RowWalk:
-    """The blocks of decode rows. contexts: int32[R] in SMEM. window: positions that a query sees, or None."""
+    """The blocks of the rows before `num_rows`. contexts: int32[R] in SMEM. window: positions that a query sees, or None."""
 
     contexts: Any
     num_rows: Any

@@ -188,3 +188,12 @@ def test_a_table_too_large_for_scalar_memory_is_split(fresh, monkeypatch):
 def test_two_cores_share_the_heads(fresh, monkeypatch):
     monkeypatch.setattr(tpu_blocks, "choose", lambda shape, window: replace(SMALL, cores=2))
     compare(make_step(tpu_shape(options={"sinks": True}), [Row(1, 9), Row(1, 33)], [Row(11, 30)]))
+
+
+@pytest.mark.parametrize("heads", [8, 16])  # of which a core's half is part of a tile, or whole
+def test_two_cores_share_the_rows_and_queries_of_one_head(fresh, monkeypatch, heads):
+    monkeypatch.setattr(tpu_blocks, "choose", lambda shape, window: replace(SMALL, cores=2))
+    shape = latent_shape(heads=heads, options={"sinks": True}, num_rows=6)
+    compare(make_step(shape, [Row(1, n) for n in (9, 33, 1, 40, 17)], [Row(11, 30)]))
+    compare(make_step(shape, [Row(1, 20)], [Row(11, 30), Row(9, 9)]), layer=0)
+    compare(make_step(replace(shape, num_tokens=6), [Row(1, n) for n in (9, 33, 1)]))

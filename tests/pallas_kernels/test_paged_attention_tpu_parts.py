@@ -150,7 +150,14 @@ def test_two_cores_of_a_device_take_half_of_the_heads_each():
     assert tpu_blocks.heuristic(LLAMA, None, 64 * MIB, 2) == replace(
         tpu_blocks.heuristic(half, None, 64 * MIB), cores=2
     )
-    assert tpu_blocks.heuristic(replace(LLAMA, num_kv_heads=1), None, 64 * MIB, 2).cores == 1
+    assert tpu_blocks.heuristic(replace(LLAMA, num_kv_heads=3, num_heads=6), None, 64 * MIB, 2).cores == 1
+
+
+def test_two_cores_of_a_device_take_half_of_a_single_heads_queries_each():
+    assert tpu_blocks.heuristic(LATENT, None, 64 * MIB, 2) == replace(
+        tpu_blocks.heuristic(replace(LATENT, num_heads=2), None, 64 * MIB), cores=2
+    )
+    assert tpu_blocks.heuristic(replace(LATENT, num_heads=5), None, 64 * MIB, 2).cores == 1
 
 
 def test_a_devices_table_overrides_the_heuristic(tmp_path, monkeypatch):
