@@ -2,7 +2,8 @@
 
 Order: repetition penalty, frequency and presence penalty, logit bias, end tokens banned before min_tokens,
 temperature, top-k, top-p, min-p, draw. Top-k and top-p find their threshold by bisection over the bit patterns of the
-logits: exact, and without sorting the vocabulary. Tokens tied at the threshold all stay.
+logits: exact, and without sorting the vocabulary. Tokens tied at the threshold all stay. A CPU tries the most likely
+tokens first, and searches the vocabulary where they are not enough.
 
 A draw adds Gumbel noise made from (seed, position) alone, so it depends on its own request and on nothing beside it.
 Work that no row asks for is skipped at run time (`lax.cond`), without another compiled program.
@@ -108,10 +109,15 @@ def keep_top(logits: Array, top_k: Int[Array, "R"], top_p: Float[Array, "R"]) ->
     return lax.fori_loop(0, 2, stage, logits)
 
 
+def _floor(logits: Array, min_p: Float[Array, "R"]) -> Float[Array, "R"]:
+    """The logit of a token that is min_p times as likely as the most likely one."""
+    floor = jnp.max(logits, axis=1) + jnp.log(jnp.maximum(min_p, jnp.finfo(jnp.float32).tiny))
+    return jnp.where(min_p > 0, floor, NEVER)
+
+
 def keep_min_p(logits: Array, min_p: Float[Array, "R"]) -> Array:
     """Drops tokens less likely than min_p times the most likely one."""
-    floor = jnp.max(logits, axis=1) + jnp.log(jnp.maximum(min_p, jnp.finfo(jnp.float32).tiny))
-    return jnp.where((logits >= floor[:, None]) | (min_p <= 0)[:, None], logits, NEVER)
+    return jnp.where(logits >= _floor(logits, min_p)[:, None], logits, NEVER)
 
 
 def _parts(values: Float[Array, "R V"]) -> Float[Array, "R P W"]:
@@ -146,25 +152,62 @@ def _top(logits: Float[Array, "R V"], count: int) -> tuple[Array, Array]:
     return top, jnp.take_along_axis(ids, which, axis=1)
 
 
-def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
-    """One token per row from softmax(logits), by the Gumbel maximum.
-
-    The noise of token i is made from threefry(key=seed, counter=(position, i)): the pair that fold_in would mix into a
-    key goes into the counter, which spares a second generator.
-    """
-    count, vocab = logits.shape
-    half = -(-vocab // 2)
-    shape = (count, half)
-    high, low = (jnp.broadcast_to(rows.seed[:, i : i + 1].astype(jnp.uint32), shape) for i in (0, 1))
-    position = jnp.broadcast_to(rows.position[:, None].astype(jnp.uint32), shape)
-    index = jnp.broadcast_to(jnp.arange(half, dtype=jnp.uint32), shape)
-    # Neighbours share a call, so that a part of the vocabulary needs no other part's.
-    bits = jnp.stack(threefry2x32_p.bind(high, low, position, index), axis=2).reshape(count, -1)[:, :vocab]
+def _gumbel(bits: Array) -> Array:
+    """Noise from uint32 bits."""
     # The winner's noise is large where `uniform` is small, and there a float32 keeps all 32 bits' worth: unlikely
     # tokens are drawn as often as they should be. At 1 the noise would be -inf, and the only token that the filters
     # left could lose to one of those they dropped.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32), BELOW_ONE)
-    return largest(logits - jnp.log(-jnp.log1p(-uniform)))
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _bits(rows: RowParams, pairs: Int[Array, "R P"]) -> tuple[Array, Array]:
+    """Random bits of tokens 2p and 2p + 1, for each p of `pairs`.
+
+    They are made from threefry(key=seed, counter=(position, p)): the pair that fold_in would mix into a key goes into
+    the counter, which spares a second generator. Neighbours share a call, so that a part of the vocabulary needs no
+    other part's.
+    """
+    high, low = (jnp.broadcast_to(rows.seed[:, i : i + 1].astype(jnp.uint32), pairs.shape) for i in (0, 1))
+    position = jnp.broadcast_to(rows.position[:, None].astype(jnp.uint32), pairs.shape)
+    return threefry2x32_p.bind(high, low, position, pairs.astype(jnp.uint32))
+
+
+def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
+    """One token per row from softmax(logits), by the Gumbel maximum."""
+    count, vocab = logits.shape
+    half = -(-vocab // 2)
+    pairs = jnp.broadcast_to(jnp.arange(half, dtype=jnp.uint32), (count, half))
+    bits = jnp.stack(_bits(rows, pairs), axis=2).reshape(count, -1)[:, :vocab]
+    return largest(logits + _gumbel(bits))
+
+
+def draw_among_best(logits: Array, rows: RowParams, count: int) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
+    """What the filters and `draw` choose, and in which rows that is sure: where the `count` best tokens are more than
+    top-k, top-p and min-p leave. Such a row's token is the one that `draw` would give.
+
+    logits: largest 0, temperature applied. A row's answer does not depend on other rows.
+    """
+    vocab = logits.shape[1]
+    # Without the barrier XLA joins the slice below with the one that top-k ends in, and then sorts the vocabulary.
+    values, ids = lax.optimization_barrier(lax.top_k(logits, count))
+    last = values[:, -1]
+    everything = (rows.top_k <= 0) | (rows.top_k >= vocab)
+    place = jnp.clip(rows.top_k - 1, 0, count - 1)[:, None]
+    least = jnp.where(everything, NEVER, jnp.take_along_axis(values, place, axis=1)[:, 0])
+    # Ties with the k-th stay, so they have to be among the best too.
+    has_top_k = everything | ((rows.top_k <= count) & (last < least))
+    weights = jnp.where(values >= least[:, None], jnp.exp(values), 0)
+    total = jnp.where(everything, jnp.sum(jnp.exp(logits), axis=1), jnp.sum(weights, axis=1))
+    enough = jnp.cumsum(weights, axis=1) >= (rows.top_p * total)[:, None]
+    reached = jnp.take_along_axis(values, jnp.argmax(enough, axis=1)[:, None], axis=1)[:, 0]
+    least = jnp.maximum(least, jnp.where((rows.top_p < 1) & jnp.any(enough, axis=1), reached, NEVER))
+    least = jnp.maximum(least, _floor(values, rows.min_p))
+    even, odd = _bits(rows, ids >> 1)
+    noisy = values + _gumbel(jnp.where(ids & 1 == 0, even, odd))
+    noisy = jnp.where(values >= least[:, None], noisy, NEVER)
+    best = jnp.max(noisy, axis=1, keepdims=True)
+    return jnp.min(jnp.where(noisy == best, ids, vocab), axis=1), has_top_k & (last < least)
 
 
 def logprobs_of(logits: Array, tokens: Int[Array, "R"]) -> Logprobs:
@@ -212,21 +255,38 @@ def adjust(
     return logits.at[index, end_ids].min(jnp.where(banned, NEVER, jnp.inf), mode="drop")
 
 
-def choose(logits: Array, rows: RowParams) -> Int[Array, "R"]:
-    """Temperature, top-k, top-p, min-p and the draw; argmax for greedy rows."""
+def choose(logits: Array, rows: RowParams, best: int | None = None) -> Int[Array, "R"]:
+    """Temperature, top-k, top-p, min-p and the draw; argmax for greedy rows. best: see `sample`."""
     any_of = lax.reduce(rows.features, jnp.int32(0), lax.bitwise_or, (0,))
+    greedy_rows = (rows.features & RANDOM) == 0
 
     def when(bit: int, function, values: Array) -> Array:
         return lax.cond((any_of & bit) != 0, function, lambda x: x, values)
+
+    def from_vocabulary(warm: Array) -> Array:
+        warm = when(TOP_K | TOP_P, lambda x: keep_top(x, rows.top_k, rows.top_p), warm)
+        warm = when(MIN_P, lambda x: keep_min_p(x, rows.min_p), warm)
+        return draw(warm, rows)
 
     def random(logits: Array) -> Array:
         greedy = largest(logits)
         # The largest logit becomes 0, so that no temperature, however low, makes an infinity of it.
         cold = logits - jnp.max(logits, axis=1, keepdims=True)
         warm = cold / jnp.maximum(rows.temperature, LOWEST_TEMPERATURE)[:, None]
-        warm = when(TOP_K | TOP_P, lambda x: keep_top(x, rows.top_k, rows.top_p), warm)
-        warm = when(MIN_P, lambda x: keep_min_p(x, rows.min_p), warm)
-        return jnp.where((rows.features & RANDOM) != 0, draw(warm, rows), greedy)
+        count = best or 0
+        if not 0 < count < logits.shape[1]:
+            return jnp.where(greedy_rows, greedy, from_vocabulary(warm))
+        filtered = (any_of & (TOP_K | TOP_P | MIN_P)) != 0
+        tokens, sure = lax.cond(
+            filtered,
+            lambda x: draw_among_best(x, rows, count),
+            lambda x: (greedy, jnp.zeros_like(greedy_rows)),
+            warm,
+        )
+        tokens, sure = jnp.where(greedy_rows, greedy, tokens), sure | greedy_rows
+        return lax.cond(
+            jnp.all(sure), lambda x: tokens, lambda x: jnp.where(sure, tokens, from_vocabulary(x)), warm
+        )
 
     return lax.cond((any_of & RANDOM) != 0, random, largest, logits)
 
@@ -241,17 +301,20 @@ def sample(
     slots: Int[Array, "R"],
     *,
     at_once: int | None = None,
+    best: int | None = None,
 ) -> tuple[Int[Array, "R"], Logprobs]:
     """Tokens and, if any row asked, their log-probabilities. The tables are per slot and read only where needed.
 
     at_once: so many rows are sampled at a time, one block after the other, so that what sampling needs beside the
       logits stays small; None: all of them.
+    best: so many of a row's most likely tokens are tried first, and the whole vocabulary only where top-k, top-p and
+      min-p leave more; None: always the vocabulary. Cheap where the best are found without a sort, as on a CPU.
     """
     count = logits.shape[0]
     if at_once is not None and count > at_once and count % at_once == 0:
 
         def block(xs: tuple[Array, RowParams, Array]) -> tuple[Array, Logprobs]:
-            return sample(xs[0], xs[1], history, bias_ids, bias, end_ids, xs[2])
+            return sample(xs[0], xs[1], history, bias_ids, bias, end_ids, xs[2], best=best)
 
         blocks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (logits, rows, slots))
         return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), lax.map(block, blocks))
@@ -262,7 +325,7 @@ def sample(
         lambda x: x,
         logits,
     )
-    tokens = choose(adjusted, rows)
+    tokens = choose(adjusted, rows, best)
     logprobs = lax.cond(
         (any_of & LOGPROBS) != 0,
         lambda x: logprobs_of(x, tokens),

@@ -16,7 +16,17 @@ from jinfer import SamplingParams
 from jinfer.packing import FIELDS, slot_fields
 from jinfer.request import Request
 from jinfer.sampling import sample as sampler
-from jinfer.sampling.sample import Logprobs, draw, largest, logprobs_of, sample
+from jinfer.sampling.sample import (
+    Logprobs,
+    choose,
+    draw,
+    draw_among_best,
+    keep_min_p,
+    keep_top,
+    largest,
+    logprobs_of,
+    sample,
+)
 from jinfer.slots import row_params, slot_tables
 from tests.support.distribution import adjusted_logits, chi_square_z, exact_probabilities
 
@@ -316,6 +326,62 @@ def test_rows_sampled_some_at_a_time_are_the_same():
     np.testing.assert_array_equal(some, tokens)
     for one, other in zip(some_table, table, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+FILTERS: list[dict[str, Any]] = [
+    {"top_k": 1},
+    {"top_k": 20},
+    {"top_k": 32},
+    {"top_k": 33},
+    {"top_k": 5, "top_p": 0.9, "min_p": 0.05},
+    {"top_k": 200, "top_p": 0.5},
+    {"top_p": 0.3},
+    {"top_p": 0.9},
+    {"top_p": 0.9, "temperature": 3.0},
+    {"top_p": 1e-6},
+    {"min_p": 0.3},
+    {"min_p": 1e-5},
+    {"temperature": 0.7},
+    {"temperature": 0.0},
+]
+
+
+def wide_rows(spread: float, count: int = 8) -> tuple[jax.Array, Any]:
+    """Logits [rows, 600] and parameters: every filter in `count` rows, some or all logits tied."""
+    random = np.random.default_rng(5)
+    requests = [request(SamplingParams(**case), seed=i) for case in FILTERS for i in range(count)]
+    logits = spread * random.standard_normal((len(requests), 600))
+    logits[1::4] = np.round(logits[1::4])
+    logits[2::8] = 1.5
+    positions = jnp.arange(len(requests), dtype=jnp.int32)
+    return jnp.asarray(logits, jnp.float32), row_params(
+        rows_of(requests, 0).fields, jnp.ones(len(requests), bool), positions
+    )
+
+
+@pytest.mark.parametrize("spread", [0.2, 2.0, 6.0])
+def test_the_best_tokens_are_enough_or_the_vocabulary_is_searched(spread):
+    """The same tokens in both ways, in a batch where some rows need the vocabulary and in rows by themselves."""
+    logits, rows = wide_rows(spread)
+    wanted = np.asarray(choose(logits, rows))
+    np.testing.assert_array_equal(choose(logits, rows, 32), wanted)
+    one_by_one = jax.jit(lambda x, r: choose(x, r, 32))
+    for i in range(0, len(wanted), 5):
+        alone = one_by_one(logits[i : i + 1], jax.tree.map(lambda x, i=i: x[i : i + 1], rows))
+        assert int(alone[0]) == wanted[i]
+
+
+def test_the_best_tokens_are_sure_where_the_filters_leave_fewer():
+    logits, rows = wide_rows(2.0)
+    warm = logits - jnp.max(logits, axis=1, keepdims=True)
+    kept = jnp.sum(keep_min_p(keep_top(warm, rows.top_k, rows.top_p), rows.min_p) > -jnp.inf, axis=1)
+    # With more than 32 left by top-k the mass that top-p is a part of is not known.
+    reach = (rows.top_k <= 0) | (
+        jnp.sum(keep_top(warm, rows.top_k, jnp.ones_like(rows.top_p)) > -jnp.inf, axis=1) < 32
+    )
+    _, sure = draw_among_best(warm, rows, 32)
+    np.testing.assert_array_equal(sure, (kept < 32) & reach)
+    assert 0.3 < np.mean(np.asarray(sure)) < 0.9
 
 
 def test_nobody_asked_for_logprobs():
