@@ -18,7 +18,11 @@ BUNDLED = (BUNDLED_MODEL, f"{BUNDLED_MODEL}-draft")
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 WEIGHT_FILES = ["*.safetensors"]
 # Other forms of the same model, in folders of their own or under the names of its first release.
-LEFT_OUT = ["*/*.json", "*/*.model", "*/*.txt", "*/*.safetensors", "consolidated*.safetensors"]
+# JSON passes in folders such as 1_Pooling: how sentence-transformers models become embeddings is told there.
+LEFT_OUT = [
+    *("[!0-9]*/*.json", "[0-9][!_]*/*.json", "[0-9]_*/*/*.json"),
+    *("*/*.model", "*/*.txt", "*/*.safetensors", "consolidated*.safetensors"),
+]
 
 
 def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> Path:

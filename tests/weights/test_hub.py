@@ -16,6 +16,7 @@ import pytest
 
 from jinfer.errors import ModelError
 from jinfer.models.hf_config import read_config
+from jinfer.pooling import PoolingParams, default_pooling
 from jinfer.weights import hub
 from jinfer.weights.hub import resolve_model
 from jinfer.weights.safetensors_source import open_safetensors
@@ -30,12 +31,19 @@ CONFIG = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+MODULES = [
+    {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
 WANTED = {
     "config.json",
     "tokenizer.json",
     "tokenizer.model",
     "chat_template.jinja",
     "additional_chat_templates/tools.jinja",
+    "modules.json",
+    "1_Pooling/config.json",
     "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors",
     "model.safetensors.index.json",
@@ -45,6 +53,8 @@ UNWANTED = {
     "pytorch_model.bin": b"pickle",
     "consolidated.safetensors": b"the same weights again",
     "onnx/config.json": b"{}",
+    "4bit/config.json": b"{}",
+    "1_Pooling/old/config.json": b"{}",
     "fp16/model.safetensors": b"another form",
 }
 
@@ -126,6 +136,10 @@ def server(weights, write_checkpoint) -> Iterator[Hub]:
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     files |= {"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}", "tokenizer.model": b"\0"}
     files |= {"chat_template.jinja": b"{{ 1 }}", "additional_chat_templates/tools.jinja": b"{{ 2 }}"}
+    files |= {
+        "modules.json": json.dumps(MODULES).encode(),
+        "1_Pooling/config.json": json.dumps(MEAN).encode(),
+    }
     files |= UNWANTED
     repos: dict[str, dict[str, bytes]] = dict.fromkeys(("owner/model", "private/model", "gated/model"), files)
     repos["owner/pickled"] = {"config.json": files["config.json"], "pytorch_model.bin": b"pickle"}
@@ -182,6 +196,7 @@ def test_download_brings_data_only_and_the_cache_serves_it_offline(server, resol
     assert found == WANTED
     assert not any(name in path for path in server.asked for name in UNWANTED)
     assert read_config(folder).vocab_size == 16
+    assert default_pooling(folder) == PoolingParams("mean", False)
     source = open_safetensors(folder)
     assert set(source.names()) == weights.keys()
     for name, values in weights.items():
