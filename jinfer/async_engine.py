@@ -22,7 +22,7 @@ from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine, EngineStats
 from jinfer.errors import EngineDeadError, JinferError, RequestError
 from jinfer.models.decoder import Params
-from jinfer.pooling import EMBED, PoolingParams, default_pooling
+from jinfer.pooling import EMBED, OwnPooling, PoolingParams
 from jinfer.request import OutputDelta
 from jinfer.sampling.params import SamplingParams
 from jinfer.text import ChatTemplate, Tokenizer
@@ -52,6 +52,7 @@ class AsyncEngine:
         self.config = config
         self.error: str | None = None
         self.default_params: dict[str, Any] = {}
+        self._pooling: OwnPooling | None = None
         self._engine: Engine | None = None
         self._ready: Future[None] = Future()
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
@@ -145,8 +146,14 @@ class AsyncEngine:
 
     @property
     def default_pooling(self) -> PoolingParams:
-        """How embeddings are pooled where a request does not say; see `jinfer.pooling.default_pooling`."""
-        return default_pooling(self.engine.folder)
+        """How embeddings are pooled where a request does not say; see `jinfer.pooling.default_pooling`.
+
+        Raises:
+          RequestError: the model's own pooling cannot be used, so that a request must say.
+        """
+        if self._pooling is None:
+            raise EngineDeadError(self.error or "the engine is still loading: await wait_ready() first")
+        return self._pooling.params()
 
     def stats(self) -> EngineStats:
         """A snapshot; reading it does not wait for the engine."""
@@ -287,6 +294,7 @@ class AsyncEngine:
         try:
             engine = Engine(self.config)
             self.default_params = generation_defaults(self.config.generation_config, engine.folder)
+            self._pooling = OwnPooling(engine.folder)
             self._engine = engine
         except BaseException as error:
             self.error = f"the engine could not start: {error}"

@@ -15,7 +15,7 @@ from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine
 from jinfer.errors import RequestError
 from jinfer.models.decoder import Params
-from jinfer.pooling import EMBED, PoolingParams, default_pooling
+from jinfer.pooling import EMBED, OwnPooling, PoolingParams
 from jinfer.request import Completion, EmbeddingOutput, OutputDelta, RequestOutput, ScoreOutput
 from jinfer.sampling.params import SamplingParams
 from jinfer.scoring import join_pair, score_of
@@ -40,6 +40,7 @@ class LLM:
             options["model"] = model
         self.engine = Engine(EngineConfig(**options))
         self._defaults = generation_defaults(self.engine.config.generation_config, self.engine.folder)
+        self._own_pooling = OwnPooling(self.engine.folder)
 
     @property
     def tokenizer(self):
@@ -184,7 +185,7 @@ class LLM:
     def _pooling(self, pooling: str | None, normalize: bool | None) -> PoolingParams:
         if pooling is not None and normalize is not None:
             return PoolingParams(pooling, normalize)
-        own = default_pooling(self.engine.folder) if pooling is None else PoolingParams(pooling)
+        own = self._own_pooling.params() if pooling is None else PoolingParams(pooling)
         return own if normalize is None else PoolingParams(own.pooling, normalize)
 
     def _per_prompt(

@@ -9,16 +9,20 @@ grows with its length, and runs on every mesh and for every family.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from jinfer.errors import ModelError, RequestError
+from jinfer.errors import RequestError
 from jinfer.sampling.params import SamplingParams
 
+logger = logging.getLogger(__name__)
+
 POOLINGS = ("last", "mean")
+NAME_IT = "name the pooling ('last' or 'mean') in the request"
 # What an embedding request asks of the sampler: a step yields a token at the end of every prompt, and it is dropped.
 EMBED = SamplingParams(temperature=0.0, max_tokens=1)
 
@@ -78,34 +82,63 @@ class Pool:
         return vector.astype(np.float32)
 
 
+class OwnPooling:
+    """How a model says that its embeddings are pooled; its folder is read once, when this is made."""
+
+    def __init__(self, folder: Path) -> None:
+        self._params, self._problem = PoolingParams(), ""
+        try:
+            self._params = default_pooling(folder)
+        except RequestError as error:
+            # The model can still write text, and embed for those who name the pooling themselves.
+            self._problem = str(error)
+            logger.warning("embeddings: %s", error)
+
+    def params(self) -> PoolingParams:
+        """See `default_pooling`; raises what it raised."""
+        if self._problem:
+            raise RequestError(self._problem, param="pooling")
+        return self._params
+
+
 def default_pooling(folder: Path) -> PoolingParams:
     """What a sentence-transformers folder says by its modules.json; else the last token, normalized.
 
     Raises:
-      RequestError: it pools in a way that is not supported.
-      ModelError: one of its files cannot be read.
+      RequestError: it pools in a way that is not supported, or one of its files is missing or cannot be read.
     """
     modules = _read(folder / "modules.json")
     if modules is None:
         return PoolingParams()
     if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
-        raise ModelError(f"{folder / 'modules.json'} is not a list of objects: download the model again")
+        raise _problem(f"{folder / 'modules.json'} is not a list of objects")
     kinds = {str(m.get("type", "")).rpartition(".")[2]: str(m.get("path", "")) for m in modules}
     normalizes = "Normalize" in kinds
     if "Pooling" not in kinds:
         return PoolingParams(normalize=normalizes)
+    place = (folder / kinds["Pooling"]).resolve()  # the file itself may be a link into a download cache
+    file = place / "config.json"
+    if not place.is_relative_to(folder.resolve()):
+        raise _problem(f"modules.json asks for pooling by {file}, which is not in the model's folder")
+    config = _read(file)
+    if config is None:
+        raise _problem(f"modules.json asks for pooling, and {file} is missing")
+    if not isinstance(config, dict):
+        raise _problem(f"{file} is not an object")
     unknown = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
-    path = (folder / kinds["Pooling"]).resolve()
-    config = _read(path / "config.json") if path.is_relative_to(folder.resolve()) else None
-    modes = [k for k, v in (config or {}).items() if k.startswith("pooling_mode_") and v is True]
+    modes = [k for k, v in config.items() if k.startswith("pooling_mode_") and v is True]
     known = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
     if len(modes) != 1 or modes[0] not in known or unknown:
         raise RequestError(
             f"the model's modules.json asks for {', '.join(modes + unknown) or 'no pooling'}, and only "
-            f"{', '.join(known)} are supported: name the pooling ('last' or 'mean') in the request",
+            f"{', '.join(known)} are supported: {NAME_IT}",
             param="pooling",
         )
     return PoolingParams(known[modes[0]], normalizes)
+
+
+def _problem(what: str) -> RequestError:
+    return RequestError(f"{what}: download the model again, or {NAME_IT}", param="pooling")
 
 
 def _read(file: Path) -> Any:
@@ -113,5 +146,5 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}): download the model again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _problem(f"{file} cannot be read as JSON ({error})") from error

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 
 import numpy as np
 import pytest
@@ -273,6 +274,24 @@ def test_embeddings_beside_streams(shared, llm):
 
     for found, vector in zip(play(scenario), vectors, strict=True):
         np.testing.assert_allclose(found, vector, atol=1e-5)
+
+
+def test_a_broken_pooling_config_is_told_at_the_start_and_harms_nothing_else(folders, tmp_path, caplog):
+    folder = shutil.copytree(folders[0], tmp_path / "model")
+    (folder / "modules.json").write_text("[1")
+    own = start(folder)
+
+    async def scenario():
+        await own.wait_ready()
+        assert "modules.json cannot be read as JSON" in caplog.text
+        (folder / "modules.json").unlink()
+        for _ in range(2):
+            with pytest.raises(RequestError, match="modules.json cannot be read as JSON.*name the pooling"):
+                await own.embed(PROMPT, request_id="e")
+        assert (await own.embed(PROMPT, PoolingParams(), request_id="e")).shape == (own.embedding_size,)
+
+    play(scenario)
+    own.shutdown()
 
 
 def test_an_embedding_can_be_cancelled_and_refused(shared):

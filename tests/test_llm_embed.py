@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from jinfer import LLM, PoolingParams, RequestError
-from jinfer.errors import ModelError
-from jinfer.pooling import EMBED, default_pooling
+from jinfer.pooling import EMBED, OwnPooling, default_pooling
 from tests.support.engines import SMALL, check_idle, collect, greedy
 from tests.support.models import GROUPED, load_hf, make_llama, random_prompt
 
@@ -188,9 +187,50 @@ def test_a_sentence_transformers_folder_says_how_to_pool(tmp_path):
     write_modules(tmp_path, ["Transformer", "Pooling", "Dense"], mean)
     with pytest.raises(RequestError, match="Dense"):
         default_pooling(tmp_path)
-    (tmp_path / "modules.json").write_text("{}")
-    with pytest.raises(ModelError, match="modules.json is not a list"):
+
+
+BROKEN = {
+    "modules.json is not a list": ("modules.json", "{}"),
+    "modules.json cannot be read as JSON": ("modules.json", "[1"),
+    "1_Pooling/config.json cannot be read as JSON": ("1_Pooling/config.json", "{"),
+    "1_Pooling/config.json is not an object": ("1_Pooling/config.json", "[]"),
+    "modules.json asks for pooling, and .*1_Pooling/config.json is missing": ("1_Pooling/config.json", None),
+    "not in the model's folder": ("modules.json", '[{"type": "x.Pooling", "path": "../other"}]'),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_what_cannot_be_read_of_it_is_named(tmp_path, message):
+    name, content = BROKEN[message]
+    write_modules(tmp_path, ["Transformer", "Pooling"], {"pooling_mode_mean_tokens": True})
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(RequestError, match=f"{message}.*name the pooling .* in the request") as told:
         default_pooling(tmp_path)
+    assert told.value.param == "pooling"
+
+
+def test_the_folder_is_read_once(tmp_path, caplog):
+    write_modules(tmp_path, ["Transformer", "Pooling"], {"pooling_mode_mean_tokens": True})
+    own = OwnPooling(tmp_path)
+    (tmp_path / "modules.json").write_text("{}")
+    assert own.params() == PoolingParams("mean", False)
+    assert not caplog.records
+    broken = OwnPooling(tmp_path)
+    assert "modules.json is not a list" in caplog.text  # at the start, not with the first request
+    (tmp_path / "modules.json").unlink()
+    with pytest.raises(RequestError, match="modules.json is not a list"):
+        broken.params()
+
+
+def test_a_file_linked_into_a_cache_is_read(tmp_path):
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    write_modules(folder, ["Transformer", "Pooling"], {"pooling_mode_mean_tokens": True})
+    (folder / "1_Pooling" / "config.json").rename(tmp_path / "blob")
+    (folder / "1_Pooling" / "config.json").symlink_to(tmp_path / "blob")
+    assert default_pooling(folder) == PoolingParams("mean", False)
 
 
 # Scores

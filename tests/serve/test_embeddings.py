@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from jinfer.pooling import OwnPooling
+
 
 def vectors(answer):
     return [entry["embedding"] for entry in answer["data"]]
@@ -58,6 +60,20 @@ def test_pooling_and_normalizing_can_be_asked_for(client, engine):
     embed(client, pooling="mean")
     asked = [(seen.pooling.pooling, seen.pooling.normalize) for seen in engine.seen]
     assert asked == [("mean", False), ("last", False), ("mean", True)]
+
+
+def test_a_model_whose_own_pooling_is_unusable_asks_for_one(client, engine, tmp_path):
+    (tmp_path / "modules.json").write_text("[1")
+
+    class Unusable(type(engine)):
+        default_pooling = property(lambda self: OwnPooling(tmp_path).params())
+
+    del engine.default_pooling
+    engine.__class__ = Unusable
+    error = client.fault(embed(client), 400)
+    assert error["param"] == "pooling"
+    assert "modules.json cannot be read" in error["message"]
+    assert len(vectors(embed(client, pooling="mean").json())) == 1
 
 
 def test_special_tokens_can_be_left_out(client, engine):
