@@ -212,6 +212,11 @@ class Engine:
         """
         if self.scheduler.has(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another, or wait for its end")
+        if pooling is None and not self.model_config.has_head:
+            raise RequestError(
+                "the checkpoint has no head, so this model embeds and does not generate or score: ask for embeddings, "
+                "or serve a checkpoint of the model's causal language model"
+            )
         self.validate(prompt_token_ids, params)
         prompt = tuple(prompt_token_ids)
         arrival = time.monotonic() if arrival_time is None else arrival_time

@@ -67,6 +67,7 @@ def convert(config: ConvertConfig) -> Path:
     output = Path(config.output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is not an empty folder: choose another one")
+    from jinfer.models.checkpoint import head_of
     from jinfer.models.hf_config import read_config
     from jinfer.models.loading import load_model
     from jinfer.platform import prepare_platform
@@ -83,7 +84,12 @@ def convert(config: ConvertConfig) -> Path:
     loaded = load_model(engine, progress=sys.stderr.isatty())
     stored = str(loaded.spec.build.dtype)
     copy_files(source, output, stored)
-    meta = {"dtype": stored, "tensor_parallel_size": config.tensor_parallel_size, "source": source.name}
+    meta = {
+        "dtype": stored,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "source": source.name,
+        "head": head_of(loaded.config),
+    }
     save_orbax(output, loaded.params.arrays, meta)
     return output
 

@@ -36,7 +36,8 @@ class Decoder(nnx.Module):
             scan=scan,
         )
         self.norm = config.norm.make(build, (config.hidden_size,))
-        self.head = None if config.tie_word_embeddings else parameter(build, table, ("vocab", "embed"))
+        own = config.has_head and not config.tie_word_embeddings
+        self.head = parameter(build, table, ("vocab", "embed")) if own else None
         self.head_bias = parameter(build, table[:1], ("vocab",)) if config.head_bias else None
         self.config = config
         self.weight_first, self.native_rows = build.weight_first, build.native_rows
@@ -67,7 +68,7 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "R E"]) -> Float[Array, "R V"]:
-        """float32 logits of hidden states."""
+        """float32 logits of hidden states; of no meaning without a head, which those who give them out refuse."""
         table, config = self.embedding if self.head is None else self.head, self.config
         logits = project(
             table[...],

@@ -34,6 +34,10 @@ MODEL_TYPES = (
     "starcoder2",
 )
 
+# Models of text and images whose text part, which `text_config` describes, is a family above and computes text alone
+# as that family does.
+WRAPPERS = ("gemma3", "mistral3")
+
 
 @dataclass(frozen=True)
 class Family:

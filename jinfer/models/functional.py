@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jinfer.config import EngineConfig
+from jinfer.errors import ModelError
 from jinfer.layers.attention import KVKind, LayerIndex, causal_attention
 from jinfer.models.decoder import Params
 from jinfer.platform import prepare_platform
@@ -33,7 +34,10 @@ def forward(params: Params, tokens: Int[Array, "*B S"]) -> Float[Array, "*B S V"
 
     Raises:
       ValueError: tokens is not one sequence or a batch of them.
+      ModelError: the checkpoint has no head.
     """
+    if not params.spec.config.has_head:
+        raise ModelError("the checkpoint has no head, so there are no logits: LLM.embed gives its embeddings")
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.ndim not in (1, 2):
         raise ValueError(f"tokens has shape {tokens.shape}: expected [sequence] or [batch, sequence]")

@@ -21,6 +21,7 @@ from jinfer.layers.rope import Rotary
 from jinfer.models.fields import Fields
 from jinfer.models.layer import LayerSpec
 from jinfer.models.rope_config import read_rotary
+from jinfer.models.text_part import read_text_part
 from jinfer.weights.files import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class ModelConfig:
 
     embedding_multiplier: factor of the embeddings. logit_multiplier: factor of the logits, before logit_soft_cap, which
     makes them cap * tanh(logits / cap). head_bias: the head adds a bias. norm: the one after the last layer.
+    has_head: without one there are hidden states and no logits. is_part: the checkpoint has other parts, for instance
+    for images, which are not read.
     """
 
     model_type: str
@@ -58,6 +61,8 @@ class ModelConfig:
     logit_multiplier: float = 1.0
     logit_soft_cap: float | None = None
     head_bias: bool = False
+    has_head: bool = True
+    is_part: bool = False
 
     @property
     def num_hidden_layers(self) -> int:
@@ -135,10 +140,14 @@ def read_config(
     Raises:
       ModelError: names file, key and value at fault; for an unknown model_type, what a new family would need.
     """
-    from jinfer.models.family import MODEL_TYPES, family_of
+    from jinfer.models.family import MODEL_TYPES, WRAPPERS, family_of
     from jinfer.models.unknown import what_is_missing
 
     fields = Fields(read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    whole = fields.string("model_type")
+    is_part = families is None and whole in WRAPPERS
+    if is_part:
+        fields = read_text_part(fields)
     model_type = fields.string("model_type")
     supported = MODEL_TYPES if families is None else tuple(families)
     if model_type not in supported:
@@ -154,6 +163,9 @@ def read_config(
         reader = families[model_type]
     _check_quantization(fields, readable)
     config = reader(fields)
+    if is_part:
+        logger.warning("%s: of this %s model the text part is served, and no images", fields.where, whole)
+        config = dataclasses.replace(config, is_part=True)
     if not (folder / GENERATION_FILE).is_file():
         return config
     generation = Fields(read_json_object(folder / GENERATION_FILE), str(folder / GENERATION_FILE))

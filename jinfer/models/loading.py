@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jinfer.errors import ConfigError, ModelError
 from jinfer.layers.moe import MoESpec
 from jinfer.layers.parameter import Build
 from jinfer.mesh import make_mesh, named_sharding
+from jinfer.models.checkpoint import with_head_of, with_saved_head
 from jinfer.models.decoder import ModelSpec, Params, skeleton
 from jinfer.models.family import family_of
 from jinfer.models.hf_config import ModelConfig, read_config
@@ -113,17 +114,21 @@ def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:
     platform = mesh.devices.flat[0].platform
     spec = make_spec(config, engine, "gpu" if platform in ("cuda", "rocm") else platform)
     if _is_orbax(folder, engine.load_format):
-        from jinfer.weights.orbax_store import restore_orbax
+        from jinfer.weights.orbax_store import read_meta, restore_orbax
 
+        spec = replace(spec, config=with_saved_head(config, read_meta(folder).get("head")))
         arrays = restore_orbax(folder, targets(spec, mesh), refit=refit_kv_heads, progress=progress)
     else:
         family = family_of(config.model_type).weights
         source = open_safetensors(folder)
         try:
+            naming = family.naming(source.names())
+            config = with_head_of(config, naming, source)
+            spec = replace(spec, config=config)
             arrays = load_leaves(
                 family.leaves(spec, mesh, set(source.names())),
                 source,
-                ignored=lambda name: family.ignores(name, config),
+                ignored=lambda name: family.ignores(name, config, naming),
                 progress=progress,
             )
         finally:

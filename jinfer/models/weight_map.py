@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jinfer.layers.stack import is_stacked, layers_of
 from jinfer.mesh import named_sharding
+from jinfer.models.checkpoint import HEAD, TABLE, TEXT, Naming, naming_of
 from jinfer.models.decoder import ModelSpec, skeleton
 from jinfer.models.hf_config import ModelConfig
 from jinfer.weights.load import Leaf
@@ -22,7 +23,7 @@ Shape = tuple[int, ...]
 class Recipe:
     """How one parameter (of one layer) is made: tensor names with shapes, and the function of those tensors.
 
-    otherwise: the recipe for checkpoints that lack the first of these tensors.
+    otherwise: the recipe for checkpoints that lack the first of these tensors and have that one's.
     """
 
     sources: Callable[[ModelConfig, Shape], Sources]
@@ -30,7 +31,7 @@ class Recipe:
     otherwise: Recipe | None = None
 
     def or_else(self, other: Recipe) -> Recipe:
-        """This recipe, or the other where the checkpoint lacks this one's first tensor."""
+        """This recipe, or the other where the checkpoint lacks this one's first tensor and has the other's."""
         return replace(self, otherwise=other)
 
 
@@ -126,12 +127,21 @@ def split_pair(name: str) -> Recipe:
     )
 
 
+def table_or_head() -> Recipe:
+    """The embeddings; of a tied model the checkpoint may have the head alone."""
+    head = Recipe(
+        lambda config, shape: ((HEAD if config.tie_word_embeddings else TABLE, shape),),
+        lambda config, shape: lambda t: t[0],
+    )
+    return plain(TABLE).or_else(head)
+
+
 # The names that most checkpoints in Hugging Face's format have; a family states only what it names otherwise.
 TOP: Mapping[str, Recipe] = {
-    "embedding": plain("model.embed_tokens.weight"),
+    "embedding": table_or_head(),
     "norm.weight": plain("model.norm.weight"),
     "norm.bias": plain("model.norm.bias"),
-    "head": plain("lm_head.weight"),
+    "head": plain(HEAD),
     "head_bias": plain("lm_head.bias"),
 }
 LAYER: Mapping[str, Recipe] = {
@@ -174,10 +184,11 @@ class WeightMap:
         names: the checkpoint's tensors, which decide between recipes; None: the first recipe of each.
         """
         result = []
+        naming = self.naming(names or ())
         for path, param in skeleton(spec)[2].items():
             abstract = param.get_value()
             shape = tuple(abstract.shape)
-            sources, build, layers = self._made_of(spec.config, path, shape, names)
+            sources, build, layers = self._made_of(spec.config, path, shape, names, naming)
             result.append(
                 Leaf(
                     path=path,
@@ -194,32 +205,50 @@ class WeightMap:
     def names(self, spec: ModelSpec) -> set[str]:
         """The tensors that a checkpoint of the spec's decoder has, by the first recipe of each parameter."""
         shapes = {path: tuple(param.get_value().shape) for path, param in skeleton(spec)[2].items()}
-        made_of = [self._made_of(spec.config, path, shape, None)[0] for path, shape in shapes.items()]
+        made_of = [
+            self._made_of(spec.config, path, shape, None, Naming())[0] for path, shape in shapes.items()
+        ]
         return {name for sources in made_of for name, _ in sources}
 
+    def naming(self, names: Collection[str]) -> Naming:
+        """The prefixes that a checkpoint with these tensors has."""
+        return naming_of(names, self.layer_prefix.partition("{}")[0])
+
     def _made_of(
-        self, config: ModelConfig, path: str, shape: Shape, names: Collection[str] | None
+        self, config: ModelConfig, path: str, shape: Shape, names: Collection[str] | None, naming: Naming
     ) -> tuple[Sources, Callable[[list[np.ndarray]], np.ndarray], tuple[int, ...]]:
         """(tensors of all its layers, how one layer is built from its own, the layers) of one parameter."""
         layers, inside = layers_of(path, shape)
         inner = shape[1:] if is_stacked(path) else shape
         recipe = {**LAYER, **self.layer}[inside] if layers else {**TOP, **self.top}[path]
         prefixes = [self.layer_prefix.format(i) for i in layers] or [""]
-        while recipe.otherwise and names is not None:
-            if prefixes[0] + recipe.sources(config, inner)[0][0] in names:
-                break
-            recipe = recipe.otherwise
+        if names is not None:
+            recipe = self._present(recipe, config, inner, prefixes[0], names, naming)
         parts = recipe.sources(config, inner)
-        sources = tuple((prefix + name, size) for prefix in prefixes for name, size in parts)
+        sources = tuple((naming.stored(prefix + name), size) for prefix in prefixes for name, size in parts)
         return sources, recipe.build(config, inner), layers
 
-    def ignores(self, name: str, config: ModelConfig) -> bool:
-        """True for tensors that may be in a checkpoint without being used."""
+    @staticmethod
+    def _present(
+        recipe: Recipe, config: ModelConfig, inner: Shape, prefix: str, names: Collection[str], naming: Naming
+    ) -> Recipe:
+        """The first of a recipe and its alternatives whose first tensor is there; if none is, the recipe itself."""
+        one: Recipe | None = recipe
+        while one is not None:
+            if naming.stored(prefix + one.sources(config, inner)[0][0]) in names:
+                return one
+            one = one.otherwise
+        return recipe
+
+    def ignores(self, name: str, config: ModelConfig, naming: Naming) -> bool:
+        """True for tensors that may be in a checkpoint without being used; `name` is the checkpoint's own."""
+        usual = naming.usual(name)
         before, _, after = self.layer_prefix.partition("{}")
-        layer = name.removeprefix(before).partition(after)[0]
-        is_beyond = name.startswith(before) and layer.isdigit() and int(layer) >= config.num_hidden_layers
+        layer = usual.removeprefix(before).partition(after)[0]
+        is_beyond = usual.startswith(before) and layer.isdigit() and int(layer) >= config.num_hidden_layers
         return (
-            name.endswith(self.ignored_suffixes)
-            or (config.tie_word_embeddings and name == "lm_head.weight")
+            usual.endswith(self.ignored_suffixes)
+            or (config.tie_word_embeddings and usual == HEAD)
             or (self.ignores_more_layers and is_beyond)
+            or (config.is_part and TEXT not in name and not name.startswith(naming.head))
         )

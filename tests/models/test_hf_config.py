@@ -220,6 +220,52 @@ def test_the_defaults_of_transformers_are_read(tmp_path):
         assert read_config(tmp_path).vocab_size == theirs.vocab_size
 
 
+GEMMA_3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+        "torch_dtype": "float32",
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152},
+}
+
+
+def test_the_text_part_of_a_published_config(tmp_path):
+    config = read_config(write(tmp_path, GEMMA_3_4B, {"eos_token_id": [1, 106], "bos_token_id": 2}))
+    assert (config.model_type, config.num_hidden_layers, config.vocab_size) == ("gemma3_text", 34, 262208)
+    assert (config.eos_token_ids, config.dtype, config.is_part) == ((1, 106), "bfloat16", True)
+    assert config.tie_word_embeddings
+    assert config.architectures == ("Gemma3ForConditionalGeneration",)
+    assert not read_config(write(tmp_path, GEMMA_3_4B | {"tie_word_embeddings": False})).tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"text_config": None}, "text_config is None, expected an object that describes the text model"),
+        ({"text_config": {"model_type": "mamba"}}, "config.json: text_config: model_type is 'mamba', which"),
+        ({"is_causal": False}, "text_config: is_causal is False, expected true"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not"),
+        ({"model_type": "paligemma"}, "'paligemma', which .* Its text_config is of model_type 'gemma3_text'; the text "
+         "part is served of gemma3, mistral3"),
+    ],
+)  # fmt: skip
+def test_a_text_part_that_cannot_be_served_is_told_why(changes, problem, tmp_path):
+    with pytest.raises(ModelError, match=problem):
+        read_config(write(tmp_path, GEMMA_3_4B | changes))
+
+
 def test_config_can_key_a_cache(tmp_path):
     one, two = (read_config(write(tmp_path, LLAMA_31)) for _ in range(2))
     assert hash(one) == hash(two)

@@ -123,7 +123,8 @@ def test_folder_holds_data_and_tells_the_truth(converted):
     }
     config = json.loads((converted / "config.json").read_text())
     assert config == {k: v for k, v in CONFIG.items() if k != "torch_dtype"} | {"dtype": "bfloat16"}
-    assert read_meta(converted) == {"dtype": "bfloat16", "tensor_parallel_size": 2, "source": "model"}
+    expected = {"dtype": "bfloat16", "tensor_parallel_size": 2, "source": "model", "head": "own"}
+    assert read_meta(converted) == expected
 
 
 def test_converts_to_another_dtype_and_again(model, converted, tmp_path):
