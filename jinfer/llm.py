@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,16 @@ from jinfer.engine import Engine
 from jinfer.errors import RequestError
 from jinfer.models.decoder import Params
 from jinfer.pooling import EMBED, OwnPooling, PoolingParams
+from jinfer.prompts import Prompt, read_prompts
 from jinfer.request import Completion, EmbeddingOutput, OutputDelta, RequestOutput, ScoreOutput
 from jinfer.sampling.params import SamplingParams
 from jinfer.scoring import join_pair, score_of
 
-Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+TEMPLATE_OPTIONS = (
+    *("tools", "documents", "chat_template_kwargs"),
+    *("add_generation_prompt", "continue_final_message"),
+)
 PROGRESS_FROM = 8  # shorter batches show no bar
 
 _numbers = itertools.count()
@@ -59,9 +62,10 @@ class LLM:
         priority: Sequence[int] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Completes prompts, text or token ids; results come in the prompts' order.
+        """Completes prompts; results come in the prompts' order.
 
         Args:
+          prompts: one or a list: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
           sampling_params: one for all, or one per prompt; default: `get_default_sampling_params()`.
           priority: one per prompt; lower runs first under scheduling_policy="priority".
           use_tqdm: show a progress bar on batches of eight and more.
@@ -86,8 +90,8 @@ class LLM:
 
         Args:
           messages: a list of {"role": ..., "content": ...}, or a list of such lists.
-          template_options: for the chat template: tools, add_generation_prompt, continue_final_message,
-            chat_template_kwargs.
+          template_options: for the chat template: tools, documents, add_generation_prompt, continue_final_message,
+            chat_template_kwargs; see `ChatTemplate.render`.
 
         Raises:
           RequestError: the model has no chat template, or a conversation is malformed.
@@ -95,7 +99,13 @@ class LLM:
         template = self.engine.chat_template
         if template is None:
             raise RequestError(f"{self.engine.config.model} has no chat template: use generate()")
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        for name in template_options.keys() - set(TEMPLATE_OPTIONS):
+            raise RequestError(f"chat has no option {name!r}, expected one of {', '.join(TEMPLATE_OPTIONS)}")
+        if not _is_list(messages):
+            raise RequestError(
+                f"messages is a {type(messages).__name__}, expected a list of them", "messages"
+            )
+        several = bool(messages) and _is_list(messages[0])
         chats: list[Any] = list(messages) if several else [messages]
         texts = [template.render(chat, **template_options) for chat in chats]
         token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -152,10 +162,7 @@ class LLM:
                 if len(whole) < 2:
                     raise RequestError("a text to be scored has fewer than two tokens: give a longer one")
         else:
-            heads, tails = (
-                [p if isinstance(p, str) else _plain_ids(p) for p in _as_list(side)]
-                for side in (prompts, continuations)
-            )
+            heads, tails = read_prompts(prompts), read_prompts(continuations, "continuations")
             if len(heads) == 1:
                 heads *= len(tails)
             if len(heads) != len(tails):
@@ -178,8 +185,8 @@ class LLM:
 
     def _read(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[list[int]], list[str | None]]:
         """Token ids and, where it was given, the text of each prompt."""
-        many = _as_list(prompts)
-        token_ids = [self.encode(p) if isinstance(p, str) else _plain_ids(p) for p in many]
+        many = read_prompts(prompts)
+        token_ids = [self.encode(p) if isinstance(p, str) else p for p in many]
         return token_ids, [p if isinstance(p, str) else None for p in many]
 
     def _pooling(self, pooling: str | None, normalize: bool | None) -> PoolingParams:
@@ -306,18 +313,5 @@ class _Result:
         )
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    many = _listed(prompts)
-    return [many] if many and isinstance(many[0], Integral) else many
-
-
-def _plain_ids(ids: Any) -> list[int]:
-    """Token ids as Python integers, whatever array they come in; what is no integer stays, to be refused by name."""
-    return [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in _listed(ids)]
-
-
-def _listed(values: Any) -> list[Any]:
-    """A sequence or array as a list."""
-    return values.tolist() if hasattr(values, "tolist") else list(values)
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

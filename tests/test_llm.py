@@ -108,6 +108,14 @@ def test_an_array_of_ids_is_a_prompt_and_a_matrix_is_several(llm, expected):
     assert one.token_ids == two[0].token_ids == expected != two[1].token_ids
 
 
+def test_an_object_holds_text_or_ids(llm, expected):
+    (text,) = llm.generate({"prompt": "hello"}, greedy(8))
+    ids, same = llm.generate([{"prompt_token_ids": PROMPT}, {"prompt": "hello"}], greedy(8))
+    assert (text.prompt, ids.prompt) == ("hello", None)
+    assert ids.token_ids == expected
+    assert same.token_ids == text.token_ids == llm.generate("hello", greedy(8))[0].token_ids
+
+
 def test_each_prompt_has_its_own_parameters(llm, expected):
     many = [greedy(2), greedy(8), greedy(5, logit_bias={65: 100.0}), SamplingParams(max_tokens=3, seed=1)]
     short, whole, biased, sampled = llm.generate([PROMPT] * 4, many)
@@ -249,6 +257,8 @@ REFUSED = {
     "negative": ([PROMPT, [3, -1]], None, "token id -1"),
     "no integers": ([PROMPT, [3, "x"]], None, "token id 'x'"),
     "truth values": ([PROMPT, [3, True]], None, "token id True"),
+    "bytes": (b"abc", None, "prompts is a bytes"),
+    "another object": ([PROMPT, {"text": "a"}], None, r"prompts\[1\] is an object with 'text'"),
     "too few parameters": ([PROMPT] * 3, [greedy(8)] * 2, "2 sampling_params for 3 prompts"),
     "n beyond the queue": ([PROMPT] * 2, [greedy(8), greedy(8, n=9)], "n is 9 .*max_num_waiting=8"),
     "bias beyond the vocabulary": ([PROMPT], greedy(8, logit_bias={300: 1.0}), "logit_bias has token id 300"),
@@ -373,6 +383,18 @@ def test_chat_renders_the_models_template(llm):
     for option in ("tools", "documents"):
         with pytest.raises(RequestError, match=f"no place for {option}"):
             llm.chat(chat, **{option: [{"text": "x"}]})
+    for given, message in (
+        ({"foo": 1}, "chat has no option 'foo', expected one of tools, documents"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs is a list"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has 'messages'"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            llm.chat(chat, greedy(1), **given)
+    for messages in ("hi", None, 5, {"role": "user", "content": "hi"}):
+        with pytest.raises(RequestError, match="messages is a .*, expected a list"):
+            llm.chat(messages, greedy(1))
+    with pytest.raises(RequestError, match=r"messages\[0\] is not an object with a role"):
+        llm.chat(["hi"], greedy(1))
 
 
 def test_the_bundled_model_talks():

@@ -160,6 +160,8 @@ def test_refusals_of_embed(llm):
         llm.embed(["x", ""])
     with pytest.raises(RequestError, match="256 tokens, max_model_len is 256"):
         llm.embed([[1] * 256])
+    with pytest.raises(RequestError, match="prompts is None"):
+        llm.embed(None)
 
 
 def write_modules(folder, kinds, pooling):
@@ -255,6 +257,15 @@ def test_one_prompt_for_many_continuations(llm):
     assert llm.score(head, tails[1])[0].logprob == pytest.approx(scores[1].logprob, abs=1e-5)
 
 
+def test_prompts_may_be_objects(llm):
+    (text,), (ids,) = llm.embed({"prompt": "hello"}), llm.embed([{"prompt_token_ids": llm.encode("hello")}])
+    assert (text.prompt, ids.prompt) == ("hello", None)
+    np.testing.assert_array_equal(text.embedding, ids.embedding)
+    (scored,) = llm.score({"prompt": "hello"}, [{"prompt_token_ids": [7, 8]}])
+    assert scored.token_ids == [7, 8]
+    assert scored.prompt_token_ids == llm.encode("hello")
+
+
 def test_greedy_continuations_are_known_as_such(llm):
     head = random_prompt(202, 20)
     tail = llm.generate(head, greedy(6))[0].token_ids
@@ -289,6 +300,10 @@ REFUSED = {
     "nothing to score": ((["a"], [""]), "adds no token"),
     "nothing before": (([[]], [[5]]), "no token stands before"),
     "one token": ((["a"],), "fewer than two tokens"),
+    "nothing": ((None, ["a"]), "prompts is None"),
+    "a number": (("a", 5), "continuations is a int"),
+    "no ids": (("a", [1.5]), r"continuations\[0\] is a float"),
+    "another object": (("a", {"text": "b"}), "continuations is an object with 'text'"),
     "beyond the vocabulary": (([[5]], [[9999]]), "token id 9999"),
 }
 

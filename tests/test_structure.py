@@ -17,7 +17,7 @@ FLOORS = [
     {"programs"},
     {"runner"},
     {"engine", "async_engine"},
-    {"llm", "scoring"},
+    {"llm", "scoring", "prompts"},
     {"serve", "__init__"},
 ]
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}

@@ -14,6 +14,8 @@ from jinfer.text.sandbox import TemplateEnvironment
 
 # A message's reasoning arrives under several names; templates read the first, some the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+# What `render` has arguments for.
+_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 # Marks where the last message ends. Its trailing space tells whether the template trims what it prints.
 _END_MARK = "END_OF_THE_MESSAGE_TO_CONTINUE "
 
@@ -95,8 +97,8 @@ class ChatTemplate:
           documents: objects, mostly with `title` and `text`, for templates that show documents to answer from.
 
         Raises:
-          RequestError: messages the template cannot render, or tools or documents that it would leave out; `param`
-            names the field.
+          RequestError: messages the template cannot render, tools or documents that it would leave out, or
+            chat_template_kwargs with one of the other arguments; `param` names the field.
         """
         if not messages:
             raise RequestError("messages is empty, expected at least one message", "messages")
@@ -106,6 +108,7 @@ class ChatTemplate:
                 "the last message, the second opens a new one. Set add_generation_prompt to false",
                 "continue_final_message",
             )
+        _check_variables(chat_template_kwargs)
         name = self._choose(tools)
         for field, given in (("tools", tools), ("documents", documents)):
             if given and field not in self._reads[name] and (name, field) != ("tool_use", "tools"):
@@ -155,6 +158,20 @@ class ChatTemplate:
             "and the fields of each message",
             "messages",
         )
+
+
+def _check_variables(variables: Any) -> None:
+    if variables is not None and not isinstance(variables, Mapping):
+        raise RequestError(
+            f"chat_template_kwargs is a {type(variables).__name__}, expected an object of variables",
+            "chat_template_kwargs",
+        )
+    for name in _ARGUMENTS:
+        if name in (variables or {}):
+            raise RequestError(
+                f"chat_template_kwargs has {name!r}, which is an argument of its own: give it there",
+                "chat_template_kwargs",
+            )
 
 
 def _template_files(folder: Path) -> dict[str, str]:

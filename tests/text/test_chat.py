@@ -148,6 +148,13 @@ def test_bad_messages_are_refused(pairs, messages, options, reason):
     assert caught.value.param in ("messages", "continue_final_message")
 
 
+@pytest.mark.parametrize("given", [[1], "x", {"messages": []}, {"add_generation_prompt": False}])
+def test_variables_that_are_none_are_refused(pairs, given):
+    with pytest.raises(RequestError, match="chat_template_kwargs (is a|has)") as caught:
+        pairs["mistral"][0].render(TURNS, chat_template_kwargs=given)
+    assert caught.value.param == "chat_template_kwargs"
+
+
 def test_continuing_what_the_template_drops_is_refused():
     template = ChatTemplate(
         {"default": "{% for m in messages if m.content == 'x' %}{{ m.content }}{% endfor %}"}
