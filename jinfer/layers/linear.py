@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jinfer.layers.parameter import Build, parameter
 from pallas_kernels.native import matmul
@@ -85,6 +85,16 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
-def embed(table: Float[Array, "V E"], tokens: Array) -> Float[Array, "T E"]:
-    """Rows of the table; token ids are in range by the caller's check, so nothing is clamped or filled."""
-    return jnp.take(table, tokens, axis=0, mode="clip")
+def embed(
+    table: Float[Array, "V E"], tokens: Int[Array, "T"], *, by_product: bool = False
+) -> Float[Array, "T E"]:
+    """Rows of the table; token ids are in range by the caller's check, so nothing is clamped or filled.
+
+    by_product: multiply with rows of one 1 each, which reads the table once as it lies. Where a TPU keeps the table's
+      columns together, picking rows would copy all of it first. The result is the same: all other terms are 0.
+    """
+    if not by_product:
+        return jnp.take(table, tokens, axis=0, mode="clip")
+    ones = jax.nn.one_hot(tokens, table.shape[0], dtype=table.dtype)
+    # Without it a TPU would round float32 numbers to bfloat16.
+    return jnp.matmul(ones, table, precision=lax.Precision.HIGHEST)

@@ -20,6 +20,7 @@ from jinfer.layers.parameter import Build, parameter
 from jinfer.layers.stack import LayerStack
 from jinfer.models.hf_config import ModelConfig
 from jinfer.models.layer import DecoderLayer
+from pallas_kernels.tpu_layout import last_in_lanes
 
 
 class Decoder(nnx.Module):
@@ -28,6 +29,11 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, build: Build, *, scan: bool) -> None:
         table = (config.vocab_size, config.hidden_size)
         self.embedding = parameter(build, table, ("vocab", "embed"))
+        parts = build.tensor_parallel
+        own_rows = table[0] if table[0] % parts else table[0] // parts
+        self.embed_by_product = build.platform == "tpu" and not last_in_lanes(
+            own_rows, table[1], jnp.dtype(build.dtype).itemsize
+        )
         self.stack = LayerStack(
             build,
             config.layers,
@@ -60,7 +66,7 @@ class Decoder(nnx.Module):
         def body(layer: DecoderLayer, index: LayerIndex, carry: tuple[Array, Any]) -> tuple[Array, Any]:
             return layer(carry[0], tables, attend, carry[1], index, live)
 
-        x = embed(self.embedding[...], tokens)
+        x = embed(self.embedding[...], tokens, by_product=self.embed_by_product)
         if self.config.embedding_multiplier != 1.0:
             # In the activations' own dtype, as models that were trained so expect.
             x = x * jnp.asarray(self.config.embedding_multiplier, x.dtype)

@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from pallas_kernels.tpu_layout import LANES, last_in_lanes
+
 MIN_TILE, MAX_TILE = 16, 256
 # Bytes of one block of weights and of one tile of rows; each is held twice, and the products once in float32.
 WEIGHT_BYTES = 8 * 1024**2
@@ -66,20 +67,6 @@ def work_list(
     return offsets, group, at, item_ends[-1]
 
 
-def inputs_last(num_out: int, num_in: int, itemsize: int) -> bool:
-    """Whether XLA keeps weights [.., N, K] with K in the lanes, the order they are written in.
-
-    Where the other order has less padding, XLA keeps an array of that shape so; a kernel that asked for the first
-    would make it copy every weight, every step.
-    """
-    rows = 32 // itemsize
-
-    def padded(sublanes: int, lanes: int) -> int:
-        return pl.cdiv(sublanes, rows) * rows * pl.cdiv(lanes, LANES) * LANES
-
-    return padded(num_out, num_in) <= padded(num_in, num_out)
-
-
 def _kernel(offsets, groups, tiles, layer, x, w, out, *, contract: int):
     item = pl.program_id(1)
     group = groups[item]
@@ -96,7 +83,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, layer: ja
     row_bytes = num_in * x.dtype.itemsize
     tile, block = tile_rows(num_rows, num_groups, row_bytes), block_out(num_out, row_bytes)
     *lists, count = work_list(group_sizes, num_rows, tile)
-    in_lanes = inputs_last(num_out, num_in, x.dtype.itemsize)
+    in_lanes = last_in_lanes(num_out, num_in, x.dtype.itemsize)
     if in_lanes:
         weight = pl.BlockSpec(
             (None, None, block, num_in), lambda n, i, _, groups, tiles, layer: (layer[0], groups[i], n, 0)

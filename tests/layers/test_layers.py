@@ -63,7 +63,9 @@ def test_linear_with_bias():
 
 def test_embedding_takes_rows():
     table = array(7, 3)
-    np.testing.assert_array_equal(embed(table, jnp.asarray([6, 0, 6])), np.asarray(table)[[6, 0, 6]])
+    for by_product in (False, True):
+        rows = embed(table, jnp.asarray([6, 0, 6]), by_product=by_product)
+        np.testing.assert_array_equal(rows, np.asarray(table)[[6, 0, 6]])
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import ImplementationError
 from pallas_kernels.grouped_matmul import grouped_matmul, loop, tpu
+from pallas_kernels.tpu_layout import last_in_lanes
 
 # (rows, sizes of the groups): rows past the last group are padding.
 RAGGED = {
@@ -117,9 +118,9 @@ def test_the_tpu_kernel_reads_a_layer_of_a_stack(interpreted):
 
 
 def test_the_tpu_kernel_takes_weights_in_the_order_that_xla_keeps_them_in(interpreted):
-    assert tpu.inputs_last(2880, 2880, 2)
-    assert not tpu.inputs_last(2880, 720, 2)
-    assert not tpu.inputs_last(256, 144, 4)
+    assert last_in_lanes(2880, 2880, 2)
+    assert not last_in_lanes(2880, 720, 2)
+    assert not last_in_lanes(256, 144, 4)
     check(*arrays(60, [3, 29, 0, 17], 256, 144), "tpu")
 
 
