@@ -22,7 +22,7 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         try:
             import torch
-            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise ConfigError(
@@ -35,7 +35,8 @@ class Reference:
             packed = getattr(config, "quantization_config", None)
             if isinstance(packed, dict) and packed.get("quant_method") == "mxfp4":
                 packed["dequantize"] = True  # computing with packed experts takes a package and a GPU
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            has_parts = config.get_text_config() is not config
+            model: Any = (AutoModelForImageTextToText if has_parts else AutoModelForCausalLM).from_pretrained(
                 str(folder),
                 config=config,
                 dtype=torch.float32,
