@@ -161,9 +161,11 @@ class AsyncEngine:
 
     # Requests
 
-    def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises RequestError if a request with these could not run."""
-        self.engine.validate(prompt_token_ids, params)
+    def validate(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt_only: bool = False
+    ) -> None:
+        """Raises RequestError if a request with these could not run; `prompt_only`: an embedding is wanted."""
+        self.engine.validate(prompt_token_ids, params, prompt_only=prompt_only)
 
     async def generate(
         self,

@@ -168,8 +168,10 @@ class Engine:
 
     # Requests
 
-    def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises RequestError if a request with these could not run."""
+    def validate(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt_only: bool = False
+    ) -> None:
+        """Raises RequestError if a request with these could not run; `prompt_only`: see `add_request`."""
         if len(prompt_token_ids) == 0:
             raise RequestError("the prompt is empty: give at least one token", param="prompt")
         vocab = self.vocab_size
@@ -178,11 +180,12 @@ class Engine:
                 raise RequestError(
                     f"prompt has token id {token!r}, expected integers from 0 to {vocab - 1}", param="prompt"
                 )
-        longest = self.scheduler.capacity_tokens
+        scheduler = self.scheduler
+        longest = scheduler.capacity_prompt_only if prompt_only else scheduler.capacity_tokens
         if len(prompt_token_ids) >= longest:
             raise RequestError(
-                f"prompt has {len(prompt_token_ids)} tokens, max_model_len is {longest}: shorten it or start with "
-                "a larger --max-model-len",
+                f"prompt has {len(prompt_token_ids)} tokens, max_model_len is {longest - prompt_only}: shorten it or "
+                "start with a larger --max-model-len",
                 param="prompt",
             )
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
@@ -199,6 +202,7 @@ class Engine:
         params: SamplingParams,
         *,
         pooling: PoolingParams | None = None,
+        prompt_only: bool = False,
         priority: int = 0,
         cache_salt: str = "",
         arrival_time: float | None = None,
@@ -206,6 +210,8 @@ class Engine:
         """Queues a request; its n choices are forks that share the prompt's pages.
 
         pooling: the prompt's embedding is wanted, with the last delta, and no text; give `EMBED` as params.
+        prompt_only: the token that follows the prompt is not wanted, so the prompt may have max_model_len tokens; give
+          max_tokens=1. Every embedding is such a request.
 
         Raises:
           RequestError: it can never run, or its id is in use. QueueFullError: it cannot now; nothing of it stays.
@@ -217,7 +223,8 @@ class Engine:
                 "the checkpoint has no head, so this model embeds and does not generate or score: ask for embeddings, "
                 "or serve a checkpoint of the model's causal language model"
             )
-        self.validate(prompt_token_ids, params)
+        prompt_only |= pooling is not None
+        self.validate(prompt_token_ids, params, prompt_only=prompt_only)
         prompt = tuple(prompt_token_ids)
         arrival = time.monotonic() if arrival_time is None else arrival_time
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_ids)
@@ -235,6 +242,7 @@ class Engine:
                     prompt_token_ids=prompt,
                     params=params,
                     pooling=pooling,
+                    prompt_only=prompt_only,
                     seed=seed + index,
                     priority=priority,
                     arrival_time=arrival,
@@ -247,7 +255,7 @@ class Engine:
                     end_token_ids=end_ids,
                     max_total_tokens=self.max_model_len
                     if params.max_tokens is None
-                    else min(self.max_model_len, len(prompt) + params.max_tokens),
+                    else min(self.max_model_len + prompt_only, len(prompt) + params.max_tokens),
                 )
                 self.scheduler.add(request)
                 self._streams[request] = OutputStream.open(request, self.tokenizer)

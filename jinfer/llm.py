@@ -172,7 +172,7 @@ class LLM:
             pairs = [join_pair(self.tokenizer, *pair) for pair in zip(heads, tails, strict=True)]
             wholes, starts = [whole for whole, _ in pairs], [start for _, start in pairs]
         params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)] * len(wholes)
-        results = self._run(wholes, [None] * len(wholes), params, use_tqdm=use_tqdm)
+        results = self._run(wholes, [None] * len(wholes), params, prompt_only=True, use_tqdm=use_tqdm)
         return [score_of(result.output(), start) for result, start in zip(results, starts, strict=True)]
 
     def encode(self, text: str) -> list[int]:
@@ -213,11 +213,13 @@ class LLM:
         params: list[SamplingParams],
         *,
         pooling: PoolingParams | None = None,
+        prompt_only: bool = False,
         priority: Sequence[int] | None = None,
         use_tqdm: bool = True,
         unit: str = "request",
     ) -> list[_Result]:
-        self._check(prompts, params, priority)
+        prompt_only |= pooling is not None
+        self._check(prompts, params, priority, prompt_only)
         ids = [f"llm-{next(_numbers)}" for _ in prompts]
         results = {
             request_id: _Result(request_id, text, prompt, p.n)
@@ -227,12 +229,12 @@ class LLM:
         bar = tqdm(total=len(ids), unit=unit, disable=not use_tqdm or len(ids) < PROGRESS_FROM)
         try:
             with bar:
-                self._feed(waiting, pooling)
+                self._feed(waiting, pooling, prompt_only)
                 while self.engine.has_unfinished:
                     for delta in self.engine.step():
                         if delta.request_id in results and results[delta.request_id].add(delta):
                             bar.update()
-                    self._feed(waiting, pooling)
+                    self._feed(waiting, pooling, prompt_only)
         except BaseException:
             # An interrupted batch leaves an engine that can go on.
             for request_id in ids:
@@ -243,11 +245,15 @@ class LLM:
         return [results[request_id] for request_id in ids]
 
     def _check(
-        self, prompts: list[list[int]], params: list[SamplingParams], priority: Sequence[int] | None
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        priority: Sequence[int] | None,
+        prompt_only: bool,
     ) -> None:
         limit = self.engine.config.max_num_waiting
         for prompt, p in zip(prompts, params, strict=True):
-            self.engine.validate(prompt, p)
+            self.engine.validate(prompt, p, prompt_only=prompt_only)
             if p.n > limit:
                 raise RequestError(
                     f"n is {p.n} and the queue holds max_num_waiting={limit}: lower n or raise that",
@@ -257,13 +263,18 @@ class LLM:
             raise RequestError(f"{len(priority)} priorities for {len(prompts)} prompts: give one per prompt")
 
     def _feed(
-        self, waiting: list[tuple[str, list[int], SamplingParams, int]], pooling: PoolingParams | None
+        self,
+        waiting: list[tuple[str, list[int], SamplingParams, int]],
+        pooling: PoolingParams | None,
+        prompt_only: bool,
     ) -> None:
         """Hands over as many requests as the engine's queue takes."""
         limit = self.engine.config.max_num_waiting
         while waiting and self.engine.scheduler.num_waiting + waiting[-1][2].n <= limit:
             request_id, prompt, params, priority = waiting.pop()
-            self.engine.add_request(request_id, prompt, params, pooling=pooling, priority=priority)
+            self.engine.add_request(
+                request_id, prompt, params, pooling=pooling, prompt_only=prompt_only, priority=priority
+            )
 
 
 class _Result:

@@ -62,6 +62,9 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     pooling: PoolingParams | None = None  # an embedding is wanted, and no text
+    prompt_only: bool = (
+        False  # the token that follows the prompt is not wanted, and needs no place in the context
+    )
     seed: int = 0
     priority: int = 0  # lower runs first
     arrival_time: float = field(default_factory=time.monotonic)

@@ -60,7 +60,7 @@ def _prepare(state: State, body: EmbeddingBody) -> Job:
     # Inputs are all of one kind: texts, or lists of ids.
     ids: Any = tokenizer.encode_batch(texts, adds) if texts else inputs
     for each in ids:
-        state.validate(each, PARAMS, "input")
+        state.validate(each, PARAMS, "input", prompt_only=True)
     return Job(f"embd-{uuid.uuid4().hex}", ids, PARAMS, body.priority or 0, body.cache_salt or "", pooling)
 
 

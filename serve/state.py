@@ -76,13 +76,15 @@ class State:
         if not self.engine.is_ready:
             raise unavailable("the model is still loading: ask again when /ready answers 200", "not_ready", 2)
 
-    def validate(self, ids: Sequence[int], params: SamplingParams, param: str) -> None:
+    def validate(
+        self, ids: Sequence[int], params: SamplingParams, param: str, *, prompt_only: bool = False
+    ) -> None:
         """Raises APIError (400) if the engine could not run a prompt with these parameters."""
         if not ids:
             raise bad_request("the prompt has no tokens: give at least one", param)
         check_token_ids(ids, self.engine.vocab_size, param)
         try:
-            self.engine.validate(ids, params)
+            self.engine.validate(ids, params, prompt_only=prompt_only)
         except RequestError as error:
             name = param if error.param == "prompt" else error.param
             is_long = error.param == "prompt" and len(ids) >= self.engine.max_model_len

@@ -158,8 +158,8 @@ def test_refusals_of_embed(llm):
         llm.embed("x", pooling="cls")
     with pytest.raises(RequestError, match="prompt is empty"):
         llm.embed(["x", ""])
-    with pytest.raises(RequestError, match="256 tokens, max_model_len is 256"):
-        llm.embed([[1] * 256])
+    with pytest.raises(RequestError, match="257 tokens, max_model_len is 256"):
+        llm.embed([[1] * 257])
     with pytest.raises(RequestError, match="prompts is None"):
         llm.embed(None)
 
@@ -257,6 +257,30 @@ def test_one_prompt_for_many_continuations(llm):
     assert llm.score(head, tails[1])[0].logprob == pytest.approx(scores[1].logprob, abs=1e-5)
 
 
+def test_a_prompt_may_fill_the_models_length(llm, folder):
+    full = random_prompt(400, 256)
+    beside = llm.embed([full, random_prompt(401, 255), full], pooling="mean")
+    np.testing.assert_allclose(beside[0].embedding, hf_vector(folder, full, "mean", True), atol=1e-5)
+    np.testing.assert_allclose(beside[2].embedding, beside[0].embedding, atol=1e-5)
+    (last,) = llm.embed([full])
+    np.testing.assert_allclose(last.embedding, hf_vector(folder, full, "last", True), atol=1e-5)
+    (score,) = llm.score([full[:250]], [full[250:]])
+    np.testing.assert_allclose(score.logprobs, hf_logprobs(folder, full)[249:], atol=1e-4)
+    # Text needs a place for what it generates.
+    with pytest.raises(RequestError, match="256 tokens, max_model_len is 256"):
+        llm.generate(full, greedy(1))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_it_may_where_no_more_pages_exist(folder, overlap):
+    options = {**SMALL, "max_model_len": 48, "num_gpu_blocks_override": 7, "async_scheduling": overlap}
+    llm = LLM(str(folder), **options)
+    full = [random_prompt(402 + i, 48) for i in range(3)]
+    for prompt, output in zip(full, llm.embed(full), strict=True):
+        np.testing.assert_allclose(output.embedding, hf_vector(folder, prompt, "last", True), atol=1e-5)
+    check_idle(llm.engine)
+
+
 def test_prompts_may_be_objects(llm):
     (text,), (ids,) = llm.embed({"prompt": "hello"}), llm.embed([{"prompt_token_ids": llm.encode("hello")}])
     assert (text.prompt, ids.prompt) == ("hello", None)
@@ -298,6 +322,7 @@ def test_two_texts_are_tokenized_as_one():
 REFUSED = {
     "different numbers": ((["a", "b"], ["c", "d", "e"]), "2 prompts for 3 continuations"),
     "nothing to score": ((["a"], [""]), "adds no token"),
+    "too long": (([1] * 200, [[2] * 57]), "257 tokens, max_model_len is 256"),
     "nothing before": (([[]], [[5]]), "no token stands before"),
     "one token": ((["a"],), "fewer than two tokens"),
     "nothing": ((None, ["a"]), "prompts is None"),

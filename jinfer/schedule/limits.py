@@ -10,10 +10,12 @@ def token_limit(request: Request, max_model_len: int, pool_tokens: int) -> int:
     """The most tokens, prompt and output, the request may have. RequestError if it can never run.
 
     pool_tokens: tokens whose KV fits in all pages together. The last token's KV is never needed, so a request
-    may have one more. Without max_tokens a request gets as many as fit; with it, it gets them or is refused.
+    may have one more; where nobody wants that token, it may also come after max_model_len of them. Without max_tokens
+    a request gets as many as fit; with it, it gets them or is refused.
     """
     prompt, asked = request.num_prompt_tokens, request.params.max_tokens
-    most = min(max_model_len, request.max_total_tokens or max_model_len)
+    longest = max_model_len + request.prompt_only
+    most = min(longest, request.max_total_tokens or longest)
     room = pool_tokens + 1
     if prompt == 0:
         raise RequestError("the prompt is empty, expected at least one token: give some text", "prompt")

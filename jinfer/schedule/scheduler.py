@@ -143,6 +143,11 @@ class Scheduler:
         """The most tokens, prompt and output, one request can have here (the last one's KV is not needed)."""
         return min(self.max_model_len, self._pool_tokens + 1)
 
+    @property
+    def capacity_prompt_only(self) -> int:
+        """The same where the last one is not wanted, so that the prompt may fill the model's length."""
+        return min(self.max_model_len + 1, self._pool_tokens + 1)
+
     def has(self, request_id: str) -> bool:
         """Whether an unfinished request has this id."""
         return request_id in self._by_id

@@ -85,8 +85,8 @@ class FakeAsyncEngine:
         while not self.is_ready:
             await asyncio.sleep(0.01)
 
-    def validate(self, ids: Sequence[int], params: SamplingParams) -> None:
-        if len(ids) >= self.max_model_len:
+    def validate(self, ids: Sequence[int], params: SamplingParams, *, prompt_only: bool = False) -> None:
+        if len(ids) >= self.max_model_len + prompt_only:
             raise RequestError(
                 f"prompt has {len(ids)} tokens, max_model_len is {self.max_model_len}: shorten it",
                 param="prompt",
