@@ -17,6 +17,7 @@ from jinfer import ConfigError, Engine, EngineConfig, SamplingParams, forward, l
 from jinfer.errors import ModelError
 from jinfer.models.hf_config import ModelConfig, read_config
 from jinfer.models.loading import make_spec
+from jinfer.programs import compiler_options
 from jinfer.text import ChatTemplate, Tokenizer
 from tools.verify_model.reference import Reference, margin, relative_error
 
@@ -34,7 +35,7 @@ class Settings:
     tolerance: largest deviation of a logit, as a share of its row's largest magnitude. Where greedy tokens differ and
     the two best logits are closer than that, either is right.
     threads: engines at once, each with its own copy of the model.
-    optimization_level: of the engines' programs; None: as they are served.
+    optimization_level: of jinfer's programs; None: as they are served.
     """
 
     prompt_lengths: tuple[int, ...] = (1, 17, 300)
@@ -133,7 +134,9 @@ def verify_model(
         prompts = {len(one.prompt): one.prompt for one in expected.values()}
     longest = prompts[max(prompts)]
     params = load_params(str(folder), dtype="float32", layer_loop="scan")
-    actual = np.asarray(jax.jit(forward)(params, jnp.asarray(longest)))
+    lowered = jax.jit(forward).lower(params, jnp.asarray(longest))
+    options = compiler_options(settings.optimization_level, is_cpu=True)
+    actual = np.asarray(lowered.compile(compiler_options=options)(params, jnp.asarray(longest)))
     del params  # the reference takes as much memory
 
     reference = reference or Reference(folder)
