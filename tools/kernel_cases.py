@@ -114,6 +114,7 @@ def models() -> list[str]:
         "deepseek-v2-lite",
         "deepseek-v3",
         "gemma-2-9b",
+        "gpt-oss-20b",
         "llama-3-70b",
         "llama-3-8b",
         "phi-3-mini",
