@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and "jinfer.serve" in sys.orig_argv:
+    # This is the first line of ours that `python -m jinfer.serve` runs. From here on Ctrl-C ends the process without
+    # a traceback; jinfer/serve.py takes over.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

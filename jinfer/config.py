@@ -155,6 +155,21 @@ class ServerConfig:
     api_key: str | None = option(None, "if set, requests must carry it as a bearer token")
     max_body_bytes: int = option(4 * 1024 * 1024, "largest request body", low=1024, high=2**31)
     request_timeout: float = option(600.0, "seconds after which a request is ended", low=0.1, high=86400.0)
+    read_timeout: float = option(
+        30.0,
+        "seconds in which a request's headers have to arrive, and in which its body has to bring 1 KiB for each",
+        low=0.1,
+        high=3600.0,
+    )
+    keep_alive_timeout: float = option(
+        75.0, "seconds that a connection stays open between two requests", low=0.1, high=3600.0
+    )
+    max_connections: int | None = option(
+        None,
+        "most open connections; default: what the limit of open files allows, at most 16384",
+        low=8,
+        high=2**20,
+    )
     drain_timeout: float = option(
         30.0, "seconds that running requests get after SIGTERM", low=0.0, high=86400.0
     )

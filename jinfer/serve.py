@@ -1,11 +1,21 @@
 """`python -m jinfer.serve`: flags -> engine -> HTTP server."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
-import logging
 import os
-import socket
+import signal
 import sys
+
+INTERRUPTED = 130  # exit status, as shells have it
+
+if __name__ == "__main__":
+    # Before the imports, which take longer than Ctrl-C does. Python's own handler raises KeyboardInterrupt wherever
+    # the process stands: a traceback, or an abort where the engine's thread is in the middle of a compilation.
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+
+import logging
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +25,13 @@ from jinfer import ConfigError, EngineConfig, ServerConfig, UserError, __version
 from jinfer.cli import parse_args
 
 PROGRAM = "jinfer.serve"
+BACKLOG = 2048  # connections that wait to be accepted
 MAX_TEMPLATE_BYTES = 1024 * 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until SIGTERM or SIGINT. Returns the exit status: 0 after a drain, 1 if the model cannot be served, 2 if
-    a setting is wrong."""
+    """Serves until SIGTERM or SIGINT. Returns the exit status: 0 after a drain, 1 if the model cannot be served or
+    the engine has failed, 2 if a setting is wrong."""
     started = time.monotonic()
     configs = parse_args(
         {"engine": EngineConfig, "server": ServerConfig},
@@ -67,14 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave(_say(error), 2)
     except UserError as error:
         _leave(_say(error), 1)
-    if not was_ready:
+    if not was_ready or engine.error is not None:
         _leave(None, status)
     engine.shutdown()
     return status
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: a port in use is told before a model is loaded for minutes."""
+    """A listening socket: that a port is in use shows before a model is loaded for minutes.
+
+    It has to listen. Two sockets may be bound to one port as long as neither does.
+    """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -82,6 +96,7 @@ def _bind(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind, proto)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(BACKLOG)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another with --host or --port"

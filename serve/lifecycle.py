@@ -4,72 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jinfer import EngineDeadError
-from serve.protocol import APIError
+from serve.admission import Acceptor, Connections, connection_limit
+from serve.connection import ApiProtocol, Timeouts
 from serve.state import State
 
-MAX_HEADER_BLOCK = 32 * 1024  # bytes of request line and headers; middleware has the finer limit
-LINGER_SECONDS = 1.0  # closing at once, with input unread, would reset the connection and lose the answer
-HEADER_SECONDS = 30.0  # a connection that has not sent its first request's headers by then is closed
+logger = logging.getLogger("serve")
+
 FLUSH_SECONDS = 5.0  # after the drain, for the last bytes to reach slow clients
-
-
-class ApiProtocol(H11Protocol):
-    """HTTP/1.1 whose own errors are OpenAI error bodies too, and which does not wait for headers for ever."""
-
-    _refused = False
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._close_if_silent)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._header_timer.cancel()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
-
-    def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
-
-    def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            # An answer is on its way, and nothing sensible can follow it.
-            self.transport.close()
-            return
-        fault = sys.exc_info()[1]  # h11's error, in whose handler this is called
-        status = getattr(fault, "error_status_hint", 400)
-        error = APIError(status, f"not a valid HTTP request: {fault or msg}", code="invalid_http")
-        body = error.body()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        for event in (
-            h11.Response(status_code=status, headers=headers),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
-        self._refused = True
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+LOOK_SECONDS = 0.2  # how often the engine is asked whether it lives
+ENGINE_FAILED = 1  # exit status
 
 
 class Server(uvicorn.Server):
@@ -80,7 +33,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=ApiProtocol,
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -88,26 +40,50 @@ class Server(uvicorn.Server):
                 server_header=False,
                 access_log=False,
                 log_level=config.uvicorn_log_level,
-                h11_max_incomplete_event_size=MAX_HEADER_BLOCK,
                 timeout_graceful_shutdown=1,
             )
         )
         self._state = state
+        self._connections = Connections(connection_limit(config.max_connections))
+        self._timeouts = Timeouts(config.read_timeout, config.keep_alive_timeout, config.request_timeout)
         self._drain: asyncio.Task[None] | None = None
         self.exit_status = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own hands the sockets to asyncio's server."""
+        await self.lifespan.startup()
+
+        def make_protocol() -> ApiProtocol:
+            return ApiProtocol(
+                connections=self._connections,
+                timeouts=self._timeouts,
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+            )
+
+        acceptors: list[Any] = [
+            Acceptor(sock, self._connections, make_protocol, self.config.ssl, self._timeouts.read)
+            for sock in sockets or ()
+        ]
+        self.servers = acceptors
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own version raises the signal again at the end; a drained server exits with status 0."""
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
+        signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         for number in signals:
             loop.add_signal_handler(number, self._on_signal)
         try:
             yield
         finally:
-            for number in signals:
+            for number, handler in signals.items():
                 loop.remove_signal_handler(number)
+                signal.signal(
+                    number, handler
+                )  # asyncio puts Python's own there, which raises KeyboardInterrupt
 
     def _on_signal(self) -> None:
         if self._drain is None:
@@ -128,29 +104,44 @@ class Server(uvicorn.Server):
             if state.engine.is_ready:
                 with contextlib.suppress(EngineDeadError):
                     await state.engine.drain(state.config.drain_timeout)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FLUSH_SECONDS):
-                    while state.active:
-                        await asyncio.sleep(0.02)
+            await self.finish_answers()
         finally:
             self.stop()
 
+    async def finish_answers(self) -> None:
+        """Waits until what is being answered is answered, for a few seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_SECONDS):
+                while self._state.active:
+                    await asyncio.sleep(0.02)
+
 
 async def run_server(app: ASGIApp, state: State, sock: socket.socket, when_ready: Callable[[], None]) -> int:
-    """Serves until a signal or a failed start; calls `when_ready` once the engine is. Returns the exit status."""
+    """Serves until a signal, a failed start or a dead engine; calls `when_ready` once the engine is.
+
+    sock: listens already. Returns the exit status: 0 after a drain, ENGINE_FAILED if the engine died, so that a
+    supervisor starts the process again. Raises what made the start fail, and ConfigError for more connections than
+    the process may open files.
+    """
     server = Server(app, state)
 
-    async def watch_start() -> None:
+    async def watch_engine() -> None:
         try:
             await state.engine.wait_ready()
         except Exception as error:
             server.stop(exit_status=1)
             failures.append(error)
-        else:
-            when_ready()
+            return
+        when_ready()
+        while state.engine.error is None:
+            await asyncio.sleep(LOOK_SECONDS)
+        # Each request gets its error, and /health says 503 meanwhile.
+        logger.critical("%s: the process ends with status %d", state.engine.error, ENGINE_FAILED)
+        await server.finish_answers()
+        server.stop(exit_status=ENGINE_FAILED)
 
     failures: list[Exception] = []
-    watch = asyncio.ensure_future(watch_start())
+    watch = asyncio.ensure_future(watch_engine())
     try:
         await server.serve(sockets=[sock])
     finally:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -184,6 +185,49 @@ def test_a_port_that_is_taken():
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert "cannot listen" in run.stderr
+
+
+def test_two_servers_started_together_on_one_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jinfer.serve", "--compilation-cache-dir", "off", "--port", str(port)]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while all(process.poll() is None for process in both):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        late = next(process for process in both if process.returncode is not None)
+        assert late.returncode == 2
+        errors = late.communicate()[1]
+        assert f"cannot listen on 127.0.0.1 port {port}" in errors
+        assert errors.count("\n") == 1
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0])
+def test_ctrl_c_while_it_starts(seconds):
+    command = [sys.executable, "-m", "jinfer.serve", "--compilation-cache-dir", "off", "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        # Python starts first, with a handler of its own. The package's first imports show that it is past that.
+        maps, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 10
+        while "_socket" not in maps.read_text() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode in (0, 130)
+    assert errors == ""
 
 
 def test_sigterm_while_the_model_loads():

@@ -1,0 +1,367 @@
+"""Connections: a deadline in every phase, a cap, and clients that close one side."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import resource
+import socket
+from typing import Any
+
+import pytest
+
+import serve.admission
+import serve.connection
+from jinfer import ConfigError
+from serve.admission import Acceptor, Connections, connection_limit
+from tests.support.inprocess_server import run, running
+
+CHAT = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "hi"}]}
+HEAD = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+LONG: dict[str, Any] = {
+    "ignore_eos": True,
+    "max_tokens": 100,
+    "logprobs": True,
+    "top_logprobs": 20,
+}  # an answer of some 200 KB
+SHORT: dict[str, Any] = {"read_timeout": 0.2, "keep_alive_timeout": 0.4}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(serve.connection, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(serve.connection, "LEFTOVER_SECONDS", 0.3)
+    monkeypatch.setattr(serve.connection, "WRITE_GRACE", 0.3)
+    monkeypatch.setattr(serve.connection, "PEER_CHECK_SECONDS", 0.02)
+
+
+def chat(**fields):
+    return json.dumps(BODY | fields)
+
+
+async def trickle(line, piece):
+    while True:
+        line.send(piece)
+        await asyncio.sleep(0.02)
+
+
+# Deadlines
+
+
+@pytest.mark.parametrize("sent", ["", "GET /ver", "GET / HTTP/1.1\r\nHost: localhost\r\nx: y\r\n"])
+def test_headers_that_do_not_come(sent):
+    async def test():
+        async with running(**SHORT) as server:
+            line = await server.connect()
+            line.send(sent)
+            data = await line.rest()
+            # Who has begun to speak is answered, who has not is not.
+            assert (b" 408 " in data) == bool(sent)
+            assert (b"request_timeout" in data) == bool(sent)
+
+    run(test())
+
+
+@pytest.mark.parametrize("sent", ["", "\r\n", "G", "GET / HTTP/1.1\r\nHost: localhost\r\n"])
+def test_the_next_headers_that_do_not_come(sent):
+    """One byte after an answer holds nothing."""
+
+    async def test():
+        async with running(**SHORT) as server:
+            line = await server.connect()
+            for _ in range(2):
+                line.request("/version")
+                assert (await line.answer())[0] == 200
+            line.send(sent)
+            assert await line.closed_after() < 3
+
+    run(test())
+
+
+def test_a_trickle_of_headers_is_no_life():
+    async def test():
+        async with running(**SHORT) as server:
+            line = await server.connect()
+            line.send("GET / HTTP/1.1\r\nHost: localhost\r\nx: ")
+            task = asyncio.ensure_future(trickle(line, "y"))
+            assert await line.closed_after() < 3
+            task.cancel()
+
+    run(test())
+
+
+@pytest.mark.parametrize("announced", ["Content-Length: 1000\r\n", "Transfer-Encoding: chunked\r\n"])
+@pytest.mark.parametrize("trickles", [False, True])
+def test_a_body_that_does_not_come(announced, trickles):
+    async def test():
+        async with running(**SHORT) as server:
+            line = await server.connect()
+            line.send(HEAD + announced + "\r\n")
+            piece = "1\r\n{\r\n" if "chunked" in announced else "{"
+            task = asyncio.ensure_future(trickle(line, piece if trickles else ""))
+            assert b" 408 " in await line.rest()
+            task.cancel()
+            await server.until(lambda: server.state.active == 0)
+
+    run(test())
+
+
+def test_a_body_that_comes_slowly_but_comes(monkeypatch):
+    monkeypatch.setattr(serve.connection, "MIN_BODY_RATE", 100)
+
+    async def test():
+        async with running(**SHORT) as server:
+            body = json.dumps({"prompt": "x" * 200})
+            line = await server.connect()
+            line.send(HEAD + f"Content-Length: {len(body)}\r\n\r\n")
+            for piece in body:
+                line.send(piece)
+                await asyncio.sleep(0.003)
+            assert (await line.answer())[0] == 200
+
+    run(test())
+
+
+def test_a_body_whose_answer_is_sent_already():
+    """The rest of the body may come, for a while, and then the connection goes on."""
+
+    async def test():
+        async with running(api_key="sesame", read_timeout=5.0) as server:
+            line = await server.connect()
+            for ends in (True, False):
+                line.send(HEAD + "Content-Length: 10\r\n\r\n12345")
+                assert (await line.answer())[0] == 401
+                if ends:
+                    line.send("67890")
+            assert await line.closed_after() < 3
+
+    run(test())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_nobody_takes(stream):
+    async def test():
+        async with running(request_timeout=1.0, send_buffer=4096) as server:
+            line = await server.connect(receive_buffer=4096)
+            line.request(CHAT, "POST", chat(stream=stream, **LONG))
+            await server.until(lambda: server.state.active == 1)
+            begin = asyncio.get_running_loop().time()
+            await server.until(lambda: server.state.active == 0 and server.num_open == 0)
+            assert asyncio.get_running_loop().time() - begin > 0.5
+
+    run(test())
+
+
+def test_an_answer_that_is_taken_late_is_whole():
+    async def test():
+        async with running(keep_alive_timeout=0.2, request_timeout=10.0, send_buffer=4096) as server:
+            line = await server.connect(receive_buffer=4096)
+            line.request(CHAT, "POST", chat(**LONG))
+            line.request("/version")
+            await server.until(lambda: server.state.active == 1)
+            await server.until(lambda: server.state.active == 0)
+            await asyncio.sleep(0.4)  # longer than idle connections live
+            status, _, body = await line.answer()
+            assert status == 200
+            assert json.loads(body)["usage"]["completion_tokens"] == 100
+            assert (await line.answer())[0] == 200
+            assert await line.closed_after() < 3
+
+    run(test())
+
+
+# The cap
+
+
+def test_idle_connections_make_room_the_oldest_first():
+    async def test():
+        async with running(max_connections=8) as server:
+            lines = [await server.connect() for _ in range(8)]
+            for line in lines:
+                line.request("/version")
+                assert (await line.answer())[0] == 200
+            lines[0].request("/version")  # now the second is the oldest
+            await lines[0].answer()
+            late = await server.connect()
+            late.request("/version")
+            assert (await late.answer())[0] == 200
+            assert await lines[1].closed_after() < 3
+            for line in (lines[0], lines[2]):
+                line.request("/version")
+                assert (await line.answer())[0] == 200
+
+    run(test())
+
+
+def test_half_open_connections_keep_nobody_out():
+    async def test():
+        async with running(max_connections=8) as server:
+            for _ in range(40):
+                (await server.connect()).send("GET / HT")
+            for _ in range(5):
+                assert (await server.get("/version"))[0] == 200
+            assert server.num_open <= 8
+
+    run(test())
+
+
+def test_work_in_progress_is_not_cut(caplog):
+    async def test():
+        async with running(max_connections=8) as server:
+            server.engine.hold_at = 0
+            busy = [await server.connect() for _ in range(8)]
+            for line in busy:
+                line.request(CHAT, "POST", chat())
+            await server.until(lambda: len(server.engine.running) == 8)
+            with caplog.at_level(logging.WARNING, "serve"):
+                for _ in range(20):
+                    status, headers, body = await server.get("/version")
+                    assert (status, headers["retry-after"]) == (503, "1")
+                    assert json.loads(body)["error"]["code"] == "too_busy"
+            assert len(caplog.records) == 1
+            server.engine.released.set()
+            for line in busy:
+                assert (await line.answer())[0] == 200
+            assert (await server.get("/version"))[0] == 200
+
+    run(test())
+
+
+class NoFiles:
+    """A listening socket of a process that has no file left."""
+
+    def __init__(self, sock):
+        self.sock, self.tries = sock, 0
+
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+
+    def accept(self):
+        self.tries += 1
+        raise OSError(24, "Too many open files")
+
+
+def test_accepting_without_files_neither_spins_nor_fills_the_log(caplog):
+    async def test():
+        with socket.create_server(("127.0.0.1", 0)) as sock, socket.create_connection(sock.getsockname()):
+            listener = NoFiles(sock)
+            acceptor = Acceptor(listener, Connections(100), lambda: None, None, 1.0)  # type: ignore[arg-type]
+            with caplog.at_level(logging.WARNING, "serve"):
+                await asyncio.sleep(0.7)
+            acceptor.close()
+            assert 1 <= listener.tries <= 3
+        assert len(caplog.records) == 1
+        assert "Too many open files" in caplog.text
+
+    run(test())
+
+
+def test_the_default_cap_follows_the_limit_of_files(monkeypatch):
+    limits = [100, 160]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.__setitem__(0, pair[0]))
+    monkeypatch.setattr(serve.admission, "_open_files", lambda: 14)
+    assert connection_limit(None) == 50
+    assert limits == [160, 160]
+    assert connection_limit(20) == 20
+    with pytest.raises(ConfigError, match="max_connections is 51"):
+        connection_limit(51)
+    limits[:] = [1024, resource.RLIM_INFINITY]
+    assert connection_limit(None) == 16384
+
+
+# Clients that close their sending side
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_closes_its_sending_side_is_answered(version, stream, reply):
+    async def test():
+        async with running() as server:
+            server.engine.step_seconds = 0.005
+            line = await server.connect()
+            body = chat(stream=stream)
+            line.send(
+                f"POST {CHAT} HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}"
+            )
+            line.writer.write_eof()
+            data = await line.rest()
+            assert data.endswith(
+                b"data: [DONE]\n\n" if stream and version == "1.0" else b"\r\n\r\n" if stream else b"}"
+            )
+            assert b"finish_reason" in data
+
+    run(test())
+
+
+def test_two_requests_and_then_a_closed_side():
+    async def test():
+        async with running() as server:
+            line = await server.connect()
+            server.engine.step_seconds = 0.005
+            line.request(CHAT, "POST", chat())
+            line.request("/version")
+            line.writer.write_eof()
+            assert (await line.answer())[0] == 200
+            assert (await line.answer())[0] == 200
+            assert await line.rest() == b""
+
+    run(test())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_has_gone_ends_its_request(stream):
+    """It has closed in good order, so that its system sends no more than a half-closed client's does."""
+
+    async def test():
+        async with running() as server:
+            if stream:
+                server.engine.step_seconds = 0.02
+                server.engine.max_model_len = 10**6
+            else:
+                server.engine.hold_at = 3
+            line = await server.connect()
+            line.request(CHAT, "POST", chat(stream=stream, ignore_eos=True, max_tokens=10000))
+            await server.until(lambda: len(server.engine.running) == 1)
+            line.writer.write_eof()  # sent before the rest is closed
+            line.writer.close()
+            await server.until(lambda: not server.engine.running)
+
+    run(test())
+
+
+@pytest.mark.parametrize("sent", [HEAD, HEAD + "Content-Length: 10\r\n\r\n123"])
+def test_a_side_closed_in_the_middle_of_a_request_ends_it(sent):
+    async def test():
+        async with running() as server:
+            line = await server.connect()
+            line.send(sent)
+            line.writer.write_eof()
+            assert await line.rest() == b""
+            await server.until(lambda: server.state.active == 0)
+
+    run(test())
+
+
+# The engine's end is the process's
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dead_engine_ends_the_server(stream):
+    async def test():
+        async with running() as server:
+            server.engine.fail_at = 3
+            line = await server.connect()
+            line.request(CHAT, "POST", chat(stream=stream))
+            if stream:
+                data = await line.reader.readuntil(b"[DONE]")
+                assert b"engine_dead" in data
+            else:
+                assert (await line.answer())[0] == 500
+            assert (await server.get("/health"))[0] == 503
+            assert await asyncio.wait_for(server.task, 20) == 1
+
+    run(test())
