@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -12,7 +11,7 @@ from serve.answer import Answer, StreamedAnswer, WholeAnswer, event
 from serve.generation import Choice, Choices, Job
 from serve.inputs import Prompt, read_prompts
 from serve.logprobs import BLOCK_FIELDS, CompletionLogprobs, TokenTexts, prompt_logprobs
-from serve.params import completion_params
+from serve.params import answer_id, completion_params
 from serve.protocol import bad_request
 from serve.requestlog import logger_for
 from serve.schemas import CompletionBody
@@ -29,13 +28,13 @@ async def answer_completion(state: State, body: CompletionBody, deadline: float)
         job, echoed = _prepare(state, body, params)
     else:
         job, echoed = await state.in_thread(_prepare, state, body, params)
-    form = CompletionFormat(body, job, echoed, state.model_name, state.token_texts)
+    form = CompletionFormat(body, job, echoed, state.model_name, state.engine.tokenizer, state.token_texts)
     kind = StreamedAnswer if body.stream else WholeAnswer
     return kind(state, job, form, deadline, logger_for(state, job, "completion"))
 
 
-def _prepare(state: State, body: CompletionBody, params: SamplingParams) -> tuple[Job, list[str] | None]:
-    """The work of a request that grows with its prompts: the job, and the prompts as text if they are echoed."""
+def _prepare(state: State, body: CompletionBody, params: SamplingParams) -> tuple[Job, list[Any] | None]:
+    """The work of a request that grows with its prompts: the job, and what is echoed of them if anything is."""
     prompts = read_prompts(body.prompt)
     most = state.engine.config.max_num_waiting
     if len(prompts) * params.n > most:
@@ -47,30 +46,36 @@ def _prepare(state: State, body: CompletionBody, params: SamplingParams) -> tupl
     ids = [prompt if isinstance(prompt, list) else tokenizer.encode(prompt, adds) for prompt in prompts]
     for each in ids:
         state.validate(each, params, "prompt")
-    job = Job(f"cmpl-{uuid.uuid4().hex}", ids, params, body.priority or 0, body.cache_salt or "")
-    return job, [_as_text(prompt, tokenizer, params) for prompt in prompts] if body.echo else None
+    job = Job(answer_id("cmpl", body.request_id), ids, params, body.priority or 0, body.cache_salt or "")
+    return job, [_echo(prompt, tokenizer, params) for prompt in prompts] if body.echo else None
 
 
-def _as_text(prompt: Prompt, tokenizer: Any, params: SamplingParams) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return tokenizer.decode(prompt, skip_special_tokens=params.skip_special_tokens)
+def _echo(prompt: Prompt, tokenizer: Any, params: SamplingParams) -> Any:
+    """A prompt given as text, or for token ids `jinfer.text.echo.Echo`: they may end inside a character."""
+    return prompt if isinstance(prompt, str) else tokenizer.echo(prompt, params.skip_special_tokens)
 
 
 class CompletionFormat:
     """The bodies and events of one completion answer.
 
-    echoed: the prompts as text, to stand in front of each choice; None without echo.
+    echoed: the prompts, to stand in front of each choice: text, or an Echo of token ids. None without echo.
     """
 
     def __init__(
-        self, body: CompletionBody, job: Job, echoed: list[str] | None, model: str, texts: TokenTexts
+        self,
+        body: CompletionBody,
+        job: Job,
+        echoed: list[Any] | None,
+        model: str,
+        tokenizer: Any,
+        texts: TokenTexts,
     ) -> None:
         self._id = job.request_id
         self._created = int(time.time())
         self._model = model
         self._job = job
         self._echoed = echoed
+        self._tokenizer = tokenizer
         self._texts = texts
         self._wants_logprobs = body.logprobs is not None
         self._count = body.logprobs or 0
@@ -81,7 +86,11 @@ class CompletionFormat:
         options = body.stream_options
         self._counts_usage = bool(options and options.include_usage)
         self._counts_always = bool(options and options.continuous_usage_stats and options.include_usage)
+        self._begun: set[int] = set()
         self._readers: dict[int, CompletionLogprobs] = {}
+        self._joins: dict[
+            int, Any
+        ] = {}  # of choices whose echo ends inside a character that is not there yet
         # Prompt logprobs come once per prompt, and each of its choices echoes them.
         self._found: dict[int, list[Any]] = {}
         head = event(self._chunk_fields())
@@ -114,6 +123,7 @@ class CompletionFormat:
             token_ids=choice.token_ids,
             text=choice.text,
             logprobs=choice.logprobs,
+            finish_reason=choice.finish_reason,
         )
         content = self._choice(index, prompt, delta, begins=True)
         if choice.finish_reason is not None:
@@ -128,16 +138,16 @@ class CompletionFormat:
         index = choices.index(prompt, delta)
         if delta.prompt_logprobs is not None:
             self._found[prompt] = delta.prompt_logprobs
-        begins = index not in self._readers
+        begins = index not in self._begun
+        self._begun.add(index)
         data = b""
-        if self._is_plain and not (begins and self._echoed is not None):
-            self._readers.setdefault(index, self._reader())
+        if self._is_plain and not (begins and self._echoed is not None) and index not in self._joins:
             if delta.text:
                 data = self._before + f'{index},"text":{quoted(delta.text)}'.encode() + self._after
-        elif begins or delta.text or delta.token_ids:
+        elif begins or delta.text or delta.token_ids or index in self._joins:
             data = self._chunk(choices, self._choice(index, prompt, delta, begins))
         if delta.finish_reason is not None:
-            last = self._empty_choice(index)
+            last = self._last_choice(index)
             last["finish_reason"] = self._reason(delta.finish_reason.value)
             last["stop_reason"] = None if self._is_silent else delta.stop_reason
             data += self._chunk(choices, last)
@@ -157,23 +167,19 @@ class CompletionFormat:
     def _choice(self, index: int, prompt: int, delta: OutputDelta, begins: bool) -> dict[str, Any]:
         """What a delta adds to a choice: its prompt's echo if it begins the choice, then its own text and tokens."""
         content = self._empty_choice(index)
-        echoes = begins and self._echoed is not None
-        reader = self._readers.setdefault(index, self._reader())
-        blocks = []
-        if echoes:
-            assert self._echoed is not None
-            content["text"] = self._echoed[prompt]
-            if self._wants_logprobs:
-                ids = self._job.prompts[prompt]
-                found = self._found.get(prompt) or [None] * len(ids)
-                blocks.append(reader.block(ids, found, self._echoed[prompt]))
-                # Decoding may differ from the text as given (a normalizing tokenizer): the output begins behind it.
-                reader.seek(len(self._echoed[prompt]))
+        echo = self._echoed[prompt] if begins and self._echoed is not None else None
+        if echo is not None:
+            if isinstance(echo, str):
+                content["text"] = echo
+            elif self._is_silent:
+                content["text"] = echo.alone
+            else:
+                content["text"], self._joins[index] = echo.text, echo.join()
+        content["text"] += self._joined(index, delta)
         if not self._is_silent:
             content["text"] += delta.text
-            if self._wants_logprobs and delta.token_ids:
-                blocks.append(reader.block(delta.token_ids, delta.logprobs or [None] * len(delta.token_ids)))
         if self._wants_logprobs:
+            blocks = self._blocks(index, prompt, delta, echo)
             content["logprobs"] = {
                 name: [x for block in blocks for x in block[name]] for name in BLOCK_FIELDS
             }
@@ -182,13 +188,49 @@ class CompletionFormat:
             content["prompt_token_ids"] = list(self._job.prompts[prompt]) if begins else None
         return content
 
-    def _reader(self) -> CompletionLogprobs:
-        return CompletionLogprobs(
-            self._texts, self._count, self._job.params.skip_special_tokens, as_ids=self._as_ids
-        )
+    def _joined(self, index: int, delta: OutputDelta) -> str:
+        """What an echo's end contributes, once the output has decided it."""
+        join = self._joins.get(index)
+        if join is None:
+            return ""
+        text = join.push(delta.token_ids)
+        if delta.finish_reason is not None:
+            text += join.finish()
+        if not join.is_open:
+            del self._joins[index]
+        return text
+
+    def _blocks(self, index: int, prompt: int, delta: OutputDelta, echo: Any) -> list[dict[str, list[Any]]]:
+        """The log-probabilities of a delta, behind those of the prompt that it echoes."""
+        blocks, ids = [], self._job.prompts[prompt]
+        if index not in self._readers:
+            before = () if self._echoed is not None else ids
+            offsets = self._tokenizer.text_offsets(before, self._job.params.skip_special_tokens)
+            self._readers[index] = CompletionLogprobs(self._texts, self._count, offsets, self._as_ids)
+        reader = self._readers[index]
+        if echo is not None:
+            found = self._found.get(prompt) or [None] * len(ids)
+            given = echo if isinstance(echo, str) else None
+            blocks.append(reader.block(ids, found, given))
+            if given is not None:
+                # Decoding may differ from the text as given (a normalizing tokenizer): the output begins behind it.
+                reader.seek(len(given))
+        if delta.token_ids and not self._is_silent:
+            blocks.append(reader.block(delta.token_ids, delta.logprobs or [None] * len(delta.token_ids)))
+        return blocks
 
     def _empty_choice(self, index: int) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+
+    def _last_choice(self, index: int) -> dict[str, Any]:
+        """The choice of a stream's last chunk. What was asked for is there and empty: loops that read every chunk's
+        block need no test for null."""
+        last = self._empty_choice(index)
+        if self._wants_logprobs:
+            last["logprobs"] = {name: [] for name in BLOCK_FIELDS}
+        if self._returns_ids:
+            last |= {"token_ids": [], "prompt_token_ids": None}
+        return last
 
     def _reason(self, reason: str) -> str:
         return "length" if self._is_silent and reason != "abort" else reason

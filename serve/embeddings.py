@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import base64
 import json
-import uuid
 from typing import Any
 
 from jinfer import FinishReason, PoolingParams, SamplingParams
 from serve.answer import WholeAnswer, WholeFormat
 from serve.generation import Choices, Job
 from serve.inputs import read_prompts
-from serve.params import check_queueing
+from serve.params import answer_id, check_queueing
 from serve.protocol import APIError, bad_request
 from serve.requestlog import logger_for
 from serve.schemas import EmbeddingBody
@@ -42,6 +41,11 @@ async def answer_embeddings(state: State, body: EmbeddingBody, deadline: float) 
             "dimensions",
             "unsupported_field",
         )
+    if None not in (body.normalize, body.use_activation) and body.normalize != body.use_activation:
+        raise bad_request(
+            f"normalize is {body.normalize} and use_activation {body.use_activation}, two names of one thing: give one",
+            "use_activation",
+        )
     check_queueing(body, state.limits)
     job = await state.in_thread(_prepare, state, body)
     form = EmbeddingFormat(state.model_name, job, body.encoding_format == "base64")
@@ -54,14 +58,17 @@ def _prepare(state: State, body: EmbeddingBody) -> Job:
     if len(inputs) > most:
         raise bad_request(f"input has {len(inputs)} entries, at most {most} are taken: split it", "input")
     own = state.engine.default_pooling if body.pooling is None else PoolingParams(body.pooling)
-    pooling = own if body.normalize is None else PoolingParams(own.pooling, body.normalize)
+    normalize = body.use_activation if body.normalize is None else body.normalize
+    pooling = own if normalize is None else PoolingParams(own.pooling, normalize)
     tokenizer, adds = state.engine.tokenizer, body.add_special_tokens is not False
     texts = [each for each in inputs if isinstance(each, str)]
     # Inputs are all of one kind: texts, or lists of ids.
     ids: Any = tokenizer.encode_batch(texts, adds) if texts else inputs
     for each in ids:
         state.validate(each, PARAMS, "input", prompt_only=True)
-    return Job(f"embd-{uuid.uuid4().hex}", ids, PARAMS, body.priority or 0, body.cache_salt or "", pooling)
+    return Job(
+        answer_id("embd", body.request_id), ids, PARAMS, body.priority or 0, body.cache_salt or "", pooling
+    )
 
 
 class EmbeddingFormat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,9 +46,10 @@ class Generation:
 
     def start(self) -> None:
         """Hands every prompt to the engine. Its refusals come out of the first `next`."""
-        many = len(self._job.prompts) > 1
+        # Clients choose ids, and the engine needs each once: a retry may overlap with the request it repeats.
+        unique = uuid.uuid4().hex[:12]
         for i, prompt in enumerate(self._job.prompts):
-            request_id = f"{self._job.request_id}-{i}" if many else self._job.request_id
+            request_id = f"{self._job.request_id}-{unique}-{i}"
             self._tasks.append(asyncio.ensure_future(self._pump(i, prompt, request_id)))
         self._open = len(self._tasks)
 

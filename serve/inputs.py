@@ -11,7 +11,20 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", *TEXT_FIELDS})
 # Fields that clients copy from an earlier answer into the history.
-EMPTY_MESSAGE_FIELDS = frozenset({"refusal", "audio", "function_call", "annotations"})
+EMPTY_MESSAGE_FIELDS = frozenset(
+    {
+        "refusal",
+        "audio",
+        "function_call",
+        "annotations",
+        "partial",
+        "prefix",
+        "provider_specific_fields",
+        "reasoning_details",
+        "thinking_blocks",
+    }
+)
+HARMLESS_MESSAGE_FIELDS = frozenset({"id"})  # under which a client has stored the message
 
 Prompt = str | list[int]
 
@@ -42,7 +55,7 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
             f"{where}.role is {str(role)[:60]!r}: expected one of {', '.join(ROLES)}", "messages"
         )
     for name, value in message.items():
-        if name in EMPTY_MESSAGE_FIELDS and not value:
+        if name in HARMLESS_MESSAGE_FIELDS or (name in EMPTY_MESSAGE_FIELDS and not value):
             continue
         if name not in MESSAGE_FIELDS:
             raise bad_request(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(getattr(tokenizer, "special_ids", ()))
         self._cache: dict[int, tuple[bytes, str]] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -27,9 +25,6 @@ class TokenTexts:
     def text_of(self, token_id: int) -> str:
         """The token as text. Part of a character is written as OpenAI does: `bytes:\\xe2\\x82`."""
         return self._entry(token_id)[1]
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special
 
     def _entry(self, token_id: int) -> tuple[bytes, str]:
         entry = self._cache.get(token_id)
@@ -69,54 +64,33 @@ class ChatLogprobs:
 class CompletionLogprobs:
     """`choices[].logprobs` of the completions API, fed token by token.
 
-    text_offset counts the characters of the choice's text in front of a token. A token that ends in the middle of a
-    character adds that character to no offset; the token that completes it does. Special tokens that are left out of
-    the text have no length.
+    offsets: finds the `text_offset` of each token, see `jinfer.text.echo.TextOffsets`.
     """
 
-    def __init__(self, texts: TokenTexts, count: int, skips_special: bool, as_ids: bool = False) -> None:
+    def __init__(self, texts: TokenTexts, count: int, offsets: Any, as_ids: bool = False) -> None:
         self._texts = texts
         self._count = count
-        self._skips_special = skips_special
-        self._offset = 0
+        self._offsets = offsets
         self._as_ids = as_ids
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def block(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], echoed: str | None = None
     ) -> dict[str, list[Any]]:
         """The four lists for these tokens, which follow those of the last call.
 
-        echoed: for the tokens of a prompt, its text: a special token has a length if it is written there (a chat
-        marker), and none if the tokenizer added it.
+        echoed: for the tokens of a prompt that was given as text, that text.
         """
         block: dict[str, list[Any]] = {name: [] for name in BLOCK_FIELDS}
         for token_id, item in zip(token_ids, logprobs, strict=True):
-            self._settle(token_id)
             block["tokens"].append(self._name(token_id))
-            block["text_offset"].append(self._offset)
+            block["text_offset"].append(self._offsets.push(token_id, echoed))
             block["token_logprobs"].append(None if item is None else _finite(item.logprob))
             block["top_logprobs"].append(None if item is None else self._top(item))
-            self._advance(token_id, echoed)
         return block
 
     def seek(self, offset: int) -> None:
         """The next token begins at `offset`."""
-        self._offset = offset
-        self._decoder.reset()
-
-    def _settle(self, token_id: int) -> None:
-        """Counts a character that was begun and will not be completed: it is U+FFFD in the text by now."""
-        pending, _ = self._decoder.getstate()
-        if pending and not 0x80 <= (self._texts.bytes_of(token_id) or b"\0")[0] < 0xC0:
-            self._offset += len(self._decoder.decode(b"", final=True))
-
-    def _advance(self, token_id: int, echoed: str | None) -> None:
-        shown = not (self._skips_special and self._texts.is_special(token_id))
-        if echoed is not None and self._texts.is_special(token_id):
-            shown = echoed.startswith(self._texts.text_of(token_id), self._offset)
-        if shown:
-            self._offset += len(self._decoder.decode(self._texts.bytes_of(token_id)))
+        self._offsets.seek(offset)
 
     def _top(self, item: TokenLogprobs) -> dict[str, float]:
         """The alternatives and the token itself: one more than asked for, where it is not among them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ PLAIN = (
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat answer may go on to the model's length
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT = 1024
+REQUEST_ID = re.compile(r"[!-~]{1,128}")  # it is written into a header
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Limits:
 
 def chat_params(body: ChatBody, defaults: Mapping[str, Any], limits: Limits) -> SamplingParams:
     """Raises APIError (400) naming the field at fault."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
     wanted = None
     if body.logprobs:
@@ -89,6 +92,8 @@ def _params(body: SamplingBody, defaults: Mapping[str, Any], limits: Limits, **g
     values = {name: defaults[name] for name in PLAIN if defaults.get(name) is not None}
     values |= {name: value for name in PLAIN if (value := getattr(body, name)) is not None}
     values |= {name: value for name, value in given.items() if value is not None or name == "max_tokens"}
+    if values.get("stop") == "":
+        del values["stop"]
     if body.logit_bias:
         values["logit_bias"] = _read_logit_bias(body.logit_bias)
     try:
@@ -103,7 +108,7 @@ def _check_common(body: SamplingBody, limits: Limits) -> None:
         if body.stream:
             raise bad_request("prompt_logprobs cannot be streamed: ask without stream", "prompt_logprobs")
     if body.stream_options is not None:
-        if not body.stream:
+        if not body.stream and any(body.stream_options.model_dump().values()):
             raise bad_request("stream_options needs stream: true", "stream_options")
         if body.stream_options.include_obfuscation:
             raise bad_request(
@@ -131,6 +136,18 @@ def check_queueing(body: SamplingBody | EmbeddingBody, limits: Limits) -> None:
         raise bad_request(
             f"cache_salt has {len(body.cache_salt)} characters, expected 1 to {MAX_SALT}", "cache_salt"
         )
+
+
+def answer_id(prefix: str, given: str | None) -> str:
+    """The id of an answer, with the request's own id in it if it brings one. Raises APIError (400) for a bad one."""
+    if not given:
+        return f"{prefix}-{uuid.uuid4().hex}"
+    if not REQUEST_ID.fullmatch(given):
+        raise bad_request(
+            f"request_id is {given[:60]!r}: expected 1 to 128 printable ASCII characters without spaces",
+            "request_id",
+        )
+    return f"{prefix}-{given}"
 
 
 def _check_logprobs(value: int, name: str, limits: Limits) -> None:

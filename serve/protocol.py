@@ -71,6 +71,15 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return APIError(400, message, param=param, code=code)
 
 
+def prompt_too_long(message: str, param: str, max_model_len: int) -> APIError:
+    """Clients shorten a conversation and try again when they see this code or OpenAI's words."""
+    return bad_request(
+        f"{message}. This model's maximum context length is {max_model_len} tokens",
+        param,
+        "context_length_exceeded",
+    )
+
+
 def unavailable(message: str, code: str, retry_after: int = 1) -> APIError:
     return APIError(503, message, code=code, headers={"retry-after": str(retry_after)})
 

@@ -6,6 +6,7 @@ validator that reports each of a million wrong entries is a way to fill the memo
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -34,7 +35,7 @@ class Body(BaseModel):
     @classmethod
     def read(cls: type[M], body: dict[str, Any]) -> M:
         """The body as this model. Raises APIError (400) naming the first field at fault."""
-        taken = refuse_unsupported(body, frozenset(cls.model_fields))
+        taken = refuse_unsupported(body, frozenset(cls.model_fields), every_field())
         try:
             return cls.model_validate(taken)
         except ValidationError as error:
@@ -83,6 +84,7 @@ class SamplingBody(Body):
     return_tokens_as_token_ids: bool | None = None
     priority: Int | None = None
     cache_salt: str | None = None
+    request_id: str | None = Field(None, description="the second half of the answer's id")
 
 
 class TemplateBody(Body):
@@ -122,9 +124,11 @@ class EmbeddingBody(Body):
     dimensions: Int | None = None
     pooling: str | None = Field(None, description="last or mean")
     normalize: bool | None = None
+    use_activation: bool | None = Field(None, description="another name of normalize")
     add_special_tokens: bool | None = None
     priority: Int | None = None
     cache_salt: str | None = None
+    request_id: str | None = None
 
 
 class TokenizeBody(TemplateBody):
@@ -139,6 +143,16 @@ class DetokenizeBody(Body):
     """POST /detokenize"""
 
     tokens: Any = Field(None, description="a list of token ids")
+    skip_special_tokens: bool | None = Field(
+        None, description="leave special tokens out; they are shown by default"
+    )
+
+
+@functools.cache
+def every_field() -> frozenset[str]:
+    """The fields of all endpoints together."""
+    bodies = (ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
+    return frozenset(name for body in bodies for name in body.model_fields)
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from serve.inputs import check_token_ids
 from serve.logprobs import TokenTexts
 from serve.metrics import Metrics
 from serve.params import Limits
-from serve.protocol import APIError, bad_request, unavailable
+from serve.protocol import APIError, bad_request, prompt_too_long, unavailable
 
 T = TypeVar("T")
 
@@ -87,9 +87,9 @@ class State:
             self.engine.validate(ids, params, prompt_only=prompt_only)
         except RequestError as error:
             name = param if error.param == "prompt" else error.param
-            is_long = error.param == "prompt" and len(ids) >= self.engine.max_model_len
-            code = "context_length_exceeded" if is_long else None
-            raise bad_request(str(error), name, code) from error
+            if error.param == "prompt" and len(ids) >= self.engine.max_model_len:
+                raise prompt_too_long(str(error), param, self.engine.max_model_len) from error
+            raise bad_request(str(error), name) from error
 
     def check_model(self, name: str | None) -> None:
         """Raises APIError (404) if a request names a model that is not served. None or '' names none."""

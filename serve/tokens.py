@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from serve.chat import prompt_ids
+from serve.fields import is_off
 from serve.inputs import check_token_ids, read_token_ids, read_tools
 from serve.protocol import bad_request
 from serve.schemas import DetokenizeBody, TokenizeBody
@@ -25,7 +26,8 @@ def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
             "chat_template_kwargs",
             "reasoning_effort",
         ):
-            if getattr(body, name) is not None:
+            # add_generation_prompt is true by default, and clients write defaults out.
+            if not is_off(getattr(body, name)) and name != "add_generation_prompt":
                 raise bad_request(
                     f"{name} goes with messages, and this request has a prompt: remove it", name
                 )
@@ -35,12 +37,15 @@ def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
         ids = state.engine.tokenizer.encode(body.prompt, adds)
     else:
         ids = prompt_ids(state, body, read_tools(body.tools, "none"), bool(body.add_special_tokens))
-    texts = state.token_texts
+
+    def spelling(token_id: int) -> str:
+        return state.engine.tokenizer.id_to_token(token_id) or ""
+
     return {
         "count": len(ids),
         "max_model_len": state.engine.max_model_len,
         "tokens": ids,
-        "token_strs": [texts.text_of(i) for i in ids] if body.return_token_strs else None,
+        "token_strs": [spelling(i) for i in ids] if body.return_token_strs else None,
     }
 
 
@@ -49,4 +54,5 @@ def detokenize(state: State, body: DetokenizeBody) -> dict[str, Any]:
     state.check_model(body.model)
     ids = read_token_ids(body.tokens, "tokens")
     check_token_ids(ids, state.engine.vocab_size, "tokens")
-    return {"prompt": state.engine.tokenizer.decode(ids, skip_special_tokens=False)}
+    text = state.engine.tokenizer.decode(ids, skip_special_tokens=bool(body.skip_special_tokens))
+    return {"prompt": text}

@@ -79,14 +79,16 @@ class MetaspaceStream:
         self._pieces = pieces
         self._skipped = skipped
         self._is_first = True
-        self._strips = pieces.strips
+        self._strips = pieces.strips  # spaces that the text's beginning may still lose
         self._run = bytearray()
         self._run_from_prompt = 0
         for token_id in prompt_ids:
             if not self._is_first and not self._strips:
                 break
             self.feed(token_id)
-        self._run = bytearray(self._unfinished_character(prompt_ids))
+        if self._run and self._strips:  # a prompt of byte tokens alone
+            self._strip(self._end_run())
+        self._run = bytearray(self._begun_run(prompt_ids))
         self._run_from_prompt = len(self._run)
 
     def feed(self, token_id: int) -> str:
@@ -122,17 +124,30 @@ class MetaspaceStream:
         self._strips = self._strips - spaces if spaces == len(text) else 0
         return text[spaces:]
 
-    def _unfinished_character(self, prompt_ids: Sequence[int]) -> bytes:
-        tail = []
+    @property
+    def strips(self) -> int:
+        """Spaces that the next text loses, because it begins the whole."""
+        return self._strips
+
+    @property
+    def unfinished(self) -> bytes:
+        """The bytes of a run of byte tokens that has not ended."""
+        return bytes(self._run)
+
+    def _begun_run(self, prompt_ids: Sequence[int]) -> bytes:
+        """What the prompt's last byte tokens leave for the output to complete."""
+        run = bytearray()
         for token_id in reversed(prompt_ids):
-            if token_id in self._skipped:
-                continue
-            piece = self._pieces.metaspace(token_id)
-            if not isinstance(piece, int) or len(tail) == _UNFINISHED:
+            piece = None if token_id in self._skipped else self._pieces.metaspace(token_id)
+            if isinstance(piece, str):
                 break
-            tail.append(piece)
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        utf8.decode(bytes(reversed(tail)))
+            if piece is not None:
+                run.append(piece)
+        utf8 = codecs.getincrementaldecoder("utf-8")("strict")
+        try:
+            utf8.decode(bytes(reversed(run)))
+        except UnicodeDecodeError:  # the run is spoiled, whatever follows, and one such byte says so
+            return b"\xff"
         return utf8.getstate()[0]
 
 
@@ -143,7 +158,7 @@ class WholeStream:
         self._decode = tokenizer.backend.decode
         self._skip = skip_special_tokens
         self._ids = list(prompt_ids[-_CONTEXT:])
-        self._given = self._text()
+        self._given = self._text().rstrip("\ufffd")  # part of a character, which the output may complete
 
     def _text(self) -> str:
         return self._decode(self._ids, skip_special_tokens=self._skip)

@@ -8,13 +8,16 @@ that tokens are always the ones `AutoTokenizer` gives.
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from jinfer.errors import ModelError, RequestError
 from jinfer.text.files import added_token, extra_special_tokens, read_json, special_tokens
 from jinfer.text.pieces import Pieces
+
+if TYPE_CHECKING:
+    from jinfer.text.echo import Echo, TextOffsets
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +109,18 @@ class Tokenizer:
         """The text of token ids. Ids that the vocabulary does not have contribute nothing."""
         text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self.cleans_up_spaces else text
+
+    def echo(self, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> "Echo":
+        """A prompt's part in the text of prompt and output."""
+        from jinfer.text.echo import Echo
+
+        return Echo(self, prompt_ids, skip_special_tokens)
+
+    def text_offsets(self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> "TextOffsets":
+        """Finds where each token of a text begins that continues `prompt_ids`."""
+        from jinfer.text.echo import TextOffsets
+
+        return TextOffsets(self, prompt_ids, skip_special_tokens)
 
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of a token (`"Ġhello"`), None outside the vocabulary."""

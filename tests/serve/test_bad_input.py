@@ -158,8 +158,15 @@ def test_an_empty_prompt(client):
 
 
 def test_a_prompt_too_long_has_openais_code(client):
-    assert client.fault(client.complete([1] * 5000), 400)["code"] == "context_length_exceeded"
-    assert client.fault(client.chat("x" * 1000), 400)["code"] == "context_length_exceeded"
+    for response in (
+        client.complete([1] * 5000),
+        client.chat("x" * 1000),
+        client.post("/v1/embeddings", {"input": [1] * 5000}),
+    ):
+        error = client.fault(response, 400)
+        assert error["code"] == "context_length_exceeded"
+        # The words by which clients know it, as OpenAI writes them.
+        assert "This model's maximum context length is 1000 tokens" in error["message"]
 
 
 @pytest.mark.parametrize("value", ["logprobs", 21, -1, True, 1.5])

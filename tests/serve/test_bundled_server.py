@@ -43,6 +43,19 @@ def jinfer_sdk(jinfer_server) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def test_an_echo_whose_last_character_the_output_completes(jinfer_server):
+    half, rest = [178, 259], 252
+    asked = {"prompt": half, "max_tokens": 2, "temperature": 0, "logit_bias": {str(rest): 100}, "logprobs": 0}
+    answer = httpx.post(jinfer_server.url + "/v1/completions", json=asked | {"echo": True}).json()["choices"][
+        0
+    ]
+    decoded = httpx.post(jinfer_server.url + "/detokenize", json={"tokens": [*half, rest, rest]}).json()[
+        "prompt"
+    ]
+    assert answer["text"] == decoded
+    assert answer["logprobs"]["text_offset"] == [0, 0, 0, 0]
+
+
 def test_the_bundled_model_answers(jinfer_sdk):
     question: list[Any] = [{"role": "user", "content": "Tell me a story."}]
     asked: dict[str, Any] = {

@@ -181,6 +181,21 @@ def test_token_ids_are_returned(client, engine, events):
     assert [i for c in chunks for i in c["choices"][0].get("token_ids", ())] == engine.reply[:3]
 
 
+@pytest.mark.parametrize("stream_options", [None, {"include_usage": True, "continuous_usage_stats": True}])
+def test_the_last_chunk_has_what_was_asked_for_and_nothing_in_it(client, events, stream_options):
+    asked = {"stream": True, "logprobs": 1, "return_token_ids": True, "max_tokens": 3, "n": 2}
+    chunks = events(client.complete("hi", stream_options=stream_options, **asked).content)
+    lasts = [c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["finish_reason"]]
+    assert len(lasts) == 2
+    for last in lasts:
+        assert last["logprobs"] == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        assert last["token_ids"] == []
+        assert last["prompt_token_ids"] is None
+    # A loop that reads every chunk without a test for null.
+    read = [c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["index"] == 1]
+    assert sum(len(c["logprobs"]["tokens"]) for c in read) == sum(len(c["token_ids"]) for c in read) == 3
+
+
 def test_neutral_fields_pass(client):
     neutral = {
         "best_of": 2,
