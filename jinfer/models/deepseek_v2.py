@@ -70,7 +70,7 @@ def latent_config(fields: Fields, *, interleaved: bool, mlp_bias: str | bool = F
     }
     rope, nope = size["qk_rope_head_dim"], size["qk_nope_head_dim"]
     # What files call head_dim, if they have it, is the rotated part's.
-    partly = Fields({**fields.values, "head_dim": rope}, fields.where, fields.seen)
+    partly = fields.with_values({**fields.values, "head_dim": rope})
     dense = common_config(partly, interleaved=interleaved, mlp_bias=mlp_bias)
     rotary = dense.rotaries[0]
     attention = MLASpec(
@@ -87,6 +87,10 @@ def latent_config(fields: Fields, *, interleaved: bool, mlp_bias: str | bool = F
     kind = attention.kv_kind
     dense = replace(dense, num_key_value_heads=kind.num_kv_heads, head_dim=kind.head_dim)
     return dense.with_layers(attention=attention)
+
+
+# transformers' names, which a file may have in place of the usual ones.
+ALIASES = {"num_experts": "n_routed_experts"}
 
 
 def with_experts(
@@ -110,7 +114,10 @@ def with_experts(
 
 
 def config(fields: Fields) -> ModelConfig:
-    fields = fields.with_defaults(DEFAULTS)
+    fields = fields.with_aliases(ALIASES).with_defaults(DEFAULTS)
+    fields.refuse("scoring_func", "softmax")
+    fields.refuse("norm_topk_prob", False)
+    fields.refuse("rope_interleave", True)
     method = fields.string("topk_method", choices=("greedy", "group_limited_greedy"), default="greedy")
     groups = {}
     if method != "greedy":
@@ -118,6 +125,8 @@ def config(fields: Fields) -> ModelConfig:
             "num_groups": fields.integer("n_group", low=1, high=2**16),
             "top_groups": fields.integer("topk_group", low=1, high=2**16),
         }
+    else:
+        fields.idle("n_group", "topk_group")
     scale = fields.number("routed_scaling_factor", low=0.0, default=1.0)
     router = read_router(fields, "n_routed_experts", scale=scale, **groups)
     dense = latent_config(fields, interleaved=True, mlp_bias="mlp_bias")

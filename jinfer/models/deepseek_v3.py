@@ -26,8 +26,13 @@ DEFAULTS = {
 WEIGHTS = {**deepseek_v2.WEIGHTS, "mlp.correction": plain("mlp.gate.e_score_correction_bias")}
 
 
+ALIASES = {"num_local_experts": "n_routed_experts"}
+
+
 def config(fields: Fields) -> ModelConfig:
-    fields = fields.with_defaults(DEFAULTS)
+    fields = fields.with_aliases(ALIASES).with_defaults(DEFAULTS)
+    fields.refuse("scoring_func", "sigmoid")
+    fields.refuse("topk_method", "noaux_tc")
     router = read_router(
         fields,
         "n_routed_experts",

@@ -18,17 +18,37 @@ class Fields:
     """Typed getters over one JSON object. Each raises ModelError naming the file, the key and what was
     expected.
 
-    A key that is absent or null gives `default`; without a default it is an error.
+    A key that is absent or null gives `default`; without a default it is an error. A null flag is false, as in
+    transformers, whatever an absent one is.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, seen: set[str] | None = None):
         self.values = values
         self.where = where
         self.seen: set[str] = set() if seen is None else seen  # keys that somebody asked for
+        self.defaults: Mapping[str, Any] = {}  # a family's own; for keys whose null is no meaning of its own
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
         """The same object where keys that are absent have these values; a null stays a null."""
-        return Fields({**defaults, **self.values}, self.where, self.seen)
+        result = self.with_values({**defaults, **self.values})
+        result.defaults = {**self.defaults, **defaults}
+        return result
+
+    def with_values(self, values: Mapping[str, Any]) -> Fields:
+        """The same object, its readers counted together with this one's, with these values."""
+        result = Fields(values, self.where, self.seen)
+        result.defaults = self.defaults
+        return result
+
+    def with_aliases(self, aliases: Mapping[str, str]) -> Fields:
+        """The same object where a key of `aliases` stands for the one that it names, and goes before it."""
+        found = {name: self.values[alias] for alias, name in aliases.items() if alias in self.values}
+        self.seen.update(aliases)
+        return self.with_values({**self.values, **found})
+
+    def idle(self, *keys: str) -> None:
+        """Says that the value of another key makes these ones ask for nothing."""
+        self.seen.update(keys)
 
     def refuse(self, key: str, *allowed: Any) -> None:
         """Raises ModelError if the key is there with a value other than null and these."""
@@ -61,6 +81,9 @@ class Fields:
         return float(value)
 
     def boolean(self, key: str, *, default: Any = _REQUIRED) -> Any:
+        if key in self.values and self.values[key] is None:
+            self.seen.add(key)
+            return False
         value = self._value(key, default)
         if value is not default and not isinstance(value, bool):
             raise self.error(key, "true or false")
@@ -119,5 +142,5 @@ class Fields:
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise ModelError(f"{self.where} lacks {key}")
+            raise ModelError(f"{self.where} lacks {key}{' (it is null)' if key in self.values else ''}")
         return default

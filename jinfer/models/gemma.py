@@ -31,7 +31,8 @@ def config(fields: Fields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
     if fields.string("hidden_act") == "gelu":
         # The first releases wrote "gelu" and meant its tanh approximation.
-        fields = Fields({**fields.values, "hidden_act": "gelu_pytorch_tanh"}, fields.where, fields.seen)
+        fields = fields.with_values({**fields.values, "hidden_act": "gelu_pytorch_tanh"})
+    fields.refuse("hidden_activation", fields.values["hidden_act"])
     return gemma_config(fields)
 
 

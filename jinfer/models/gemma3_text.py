@@ -42,9 +42,10 @@ def config(fields: Fields) -> ModelConfig:
     fields.refuse("attn_logit_softcapping")
     # Its two rotary embeddings are read here, so what all models share reads none.
     sizes = {key: value for key, value in fields.values.items() if not key.startswith("rope_")}
-    plain = sandwich_config(Fields(sizes, fields.where, fields.seen))
+    plain = sandwich_config(fields.with_values(sizes))
     depth = plain.num_hidden_layers
     period = fields.integer("sliding_window_pattern", low=1, high=4096, default=6)
+    fields.idle("rope_theta", "rope_local_base_freq")  # where rope_parameters has them
     types = read_layer_types(fields, depth) or [SLIDING if (i + 1) % period else FULL for i in range(depth)]
     rotary = {kind: rotary_of(fields, kind, plain) for kind in (FULL, SLIDING)}
     config = plain.with_attention(qk_norm=plain.norm).with_windows(types, read_window(fields))

@@ -18,6 +18,7 @@ DEFAULTS = {
 
 def config(fields: Fields) -> ModelConfig:
     fields = fields.with_defaults(DEFAULTS)
+    fields.refuse("rope_interleave", True)
     config = common_config(fields, attention_bias="attention_bias", partial_rotary=0.5, interleaved=True)
     return config.with_attention(out_bias=False).with_layers(post_norm=True)
 

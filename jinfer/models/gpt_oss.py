@@ -47,8 +47,10 @@ def config(fields: Fields) -> ModelConfig:
     activation = ClampedSwiGLU(
         fields.number("swiglu_alpha", low=0.0), fields.number("swiglu_limit", low=1e-6)
     )
+    router = read_router(fields, "num_local_experts", score="softmax_of_chosen", bias=True)
+    fields.refuse("experts_per_token", router.top_k)
     experts = MoESpec(
-        read_router(fields, "num_local_experts", score="softmax_of_chosen", bias=True),
+        router,
         dense.intermediate_size,
         activation,
         bias=True,

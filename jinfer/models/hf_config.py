@@ -18,6 +18,7 @@ from jinfer.layers.attention import AttentionSpec, KVKind
 from jinfer.layers.mlp import ACTIVATIONS, MLPSpec
 from jinfer.layers.norm import NormSpec
 from jinfer.layers.rope import Rotary
+from jinfer.models.config_keys import refuse_unread, refuse_unread_outside
 from jinfer.models.fields import Fields
 from jinfer.models.layer import LayerSpec
 from jinfer.models.rope_config import read_rotary
@@ -147,7 +148,8 @@ def read_config(
     whole = fields.string("model_type")
     is_part = families is None and whole in WRAPPERS
     if is_part:
-        fields = read_text_part(fields)
+        outer, fields = fields, read_text_part(fields)
+        refuse_unread_outside(outer, whole)
     model_type = fields.string("model_type")
     supported = MODEL_TYPES if families is None else tuple(families)
     if model_type not in supported:
@@ -163,6 +165,7 @@ def read_config(
         reader = families[model_type]
     _check_quantization(fields, readable)
     config = reader(fields)
+    refuse_unread(fields, model_type)
     if is_part:
         logger.warning("%s: of this %s model the text part is served, and no images", fields.where, whole)
         config = dataclasses.replace(config, is_part=True)
@@ -211,11 +214,16 @@ def common_config(
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     head_dim = read_head_dim(fields, hidden, heads)
-    length = fields.integer("max_position_embeddings", low=1, high=2**31 - 1, default=2048)
+    length = fields.integer(
+        "max_position_embeddings",
+        low=1,
+        high=2**31 - 1,
+        default=fields.defaults.get("max_position_embeddings", 2048),
+    )
     rotary = read_rotary(
         fields, head_dim, length, theta=theta, partial=partial_rotary, interleaved=interleaved
     )
-    norm = NormSpec(eps=fields.number(eps, low=0.0, high=1.0, default=1e-6))
+    norm = NormSpec(eps=fields.number(eps, low=0.0, high=1.0, default=fields.defaults.get(eps, 1e-6)))
     bias = _flag(fields, attention_bias)
     attention = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, rotary, qkv_bias=bias, out_bias=bias)
     width = fields.integer("intermediate_size", low=1, high=2**22)
@@ -262,6 +270,14 @@ def read_window(fields: Fields, key: str = "sliding_window") -> int | None:
     return fields.integer(key, low=1, high=2**31 - 1, default=None)
 
 
+def read_switched_window(fields: Fields) -> int | None:
+    """As `read_window`, None too where use_sliding_window is off or absent."""
+    if fields.boolean("use_sliding_window", default=False):
+        return read_window(fields)
+    fields.idle("sliding_window")
+    return None
+
+
 def read_layer_types(fields: Fields, depth: int) -> tuple[str, ...] | None:
     """ "full_attention" or "sliding_attention" per layer; None if the file leaves it to the family."""
     return fields.strings("layer_types", choices=(FULL, SLIDING), count=depth)
@@ -269,7 +285,7 @@ def read_layer_types(fields: Fields, depth: int) -> tuple[str, ...] | None:
 
 def read_activation(fields: Fields, key: str) -> str:
     """An activation's name. Raises ModelError for one that `ACTIVATIONS` does not have."""
-    return fields.string(key, choices=ACTIVATIONS, default="silu")
+    return fields.string(key, choices=ACTIVATIONS, default=fields.defaults.get(key, "silu"))
 
 
 def read_head_dim(fields: Fields, hidden: int, heads: int) -> int:

@@ -26,7 +26,7 @@ def read_router(fields: Fields, count: str, **settings: object) -> RouterSpec:
 
 
 def config(fields: Fields) -> ModelConfig:
-    fields = fields.with_defaults(DEFAULTS)
+    fields = fields.with_aliases({"num_experts": "num_local_experts"}).with_defaults(DEFAULTS)
     dense = common_config(fields, theta=1e6).with_attention(window=read_window(fields))
     experts = MoESpec(
         read_router(fields, "num_local_experts", normalize=True),

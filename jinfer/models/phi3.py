@@ -25,7 +25,7 @@ def config(fields: Fields) -> ModelConfig:
             and (section.values.get("rope_type") or section.values.get("type")) in OLD_NAMES
         ):
             values[key] = {**section.values, "rope_type": "longrope"}
-    fields = Fields(values, fields.where, fields.seen)
+    fields = fields.with_values(values)
     return common_config(fields, partial_rotary=1.0).with_attention(window=read_window(fields))
 
 

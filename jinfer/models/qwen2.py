@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from jinfer.models.family import Family
 from jinfer.models.fields import Fields
-from jinfer.models.hf_config import FULL, SLIDING, ModelConfig, common_config, read_layer_types, read_window
+from jinfer.models.hf_config import (
+    FULL,
+    SLIDING,
+    ModelConfig,
+    common_config,
+    read_layer_types,
+    read_switched_window,
+)
 from jinfer.models.weight_map import WeightMap
 
 DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
@@ -12,8 +19,7 @@ DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "slidin
 
 def with_upper_windows(fields: Fields, config: ModelConfig) -> ModelConfig:
     """The config with windows as Qwen's files state them."""
-    used = fields.boolean("use_sliding_window", default=False)
-    window = read_window(fields) if used else None
+    window = read_switched_window(fields)
     first = fields.integer("max_window_layers", low=0, high=2**31 - 1, default=28)
     depth = config.num_hidden_layers
     types = read_layer_types(fields, depth) or [

@@ -16,7 +16,7 @@ from jinfer.models.hf_config import (
     common_config,
     read_activation,
     read_layer_types,
-    read_window,
+    read_switched_window,
 )
 from jinfer.models.mixtral import read_router
 from jinfer.models.weight_map import WeightMap, plain
@@ -65,7 +65,7 @@ def config(fields: Fields) -> ModelConfig:
     types = read_layer_types(fields, depth) or [
         SLIDING if used and i < first_full and i % 2 == 0 else FULL for i in range(depth)
     ]
-    dense = dense.with_windows(types, read_window(fields) if used else None)
+    dense = dense.with_windows(types, read_switched_window(fields))
     width = fields.integer("shared_expert_intermediate_size", low=1, high=2**22)
     beside = MLPSpec(width, read_activation(fields, "hidden_act"))
     experts = replace(read_experts(fields, "num_experts"), shared=beside, shared_gate=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jinfer.models.expert_weights import routed
 from jinfer.models.family import Family
 from jinfer.models.fields import Fields
-from jinfer.models.hf_config import ModelConfig, common_config, read_window
+from jinfer.models.hf_config import ModelConfig, common_config, read_switched_window
 from jinfer.models.qwen2_moe import read_experts, with_experts
 from jinfer.models.weight_map import WeightMap
 
@@ -21,12 +21,10 @@ DEFAULTS = {
 
 def config(fields: Fields) -> ModelConfig:
     # transformers 5 writes one key, published files have the other.
-    count = "num_local_experts" if fields.has("num_local_experts") else "num_experts"
-    fields = fields.with_defaults(DEFAULTS)
+    fields = fields.with_aliases({"num_local_experts": "num_experts"}).with_defaults(DEFAULTS)
     dense = common_config(fields, attention_bias="attention_bias")
-    used = fields.boolean("use_sliding_window", default=False)
-    dense = dense.with_attention(qk_norm=dense.norm, window=read_window(fields) if used else None)
-    return with_experts(fields, dense, read_experts(fields, count))
+    dense = dense.with_attention(qk_norm=dense.norm, window=read_switched_window(fields))
+    return with_experts(fields, dense, read_experts(fields, "num_experts"))
 
 
 FAMILY = Family(config, WeightMap(layer=routed()))

@@ -8,6 +8,28 @@ from jinfer.errors import ModelError
 from jinfer.layers.rope import Rotary
 from jinfer.models.fields import Fields
 
+# What a section may hold; a type passes over the settings of others, as transformers does.
+ROPE_KEYS = frozenset(
+    {
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "factor",
+        "finetuned",  # who trained it, not how
+        "high_freq_factor",
+        "long_factor",
+        "low_freq_factor",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+        "rope_theta",
+        "rope_type",
+        "short_factor",
+        "truncate",
+        "type",
+    }
+)
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -29,6 +51,7 @@ def read_rotary(
     theta: the family's base where the file says none. partial: the family's share of each head that is rotated,
     which the file may change; None where the family always rotates whole heads.
     """
+    fields.idle("rope_parameters")  # beside rope_scaling
     section = fields.section("rope_scaling") or fields.section("rope_parameters") or Fields({}, fields.where)
     return section_rotary(
         fields,
@@ -52,6 +75,7 @@ def section_rotary(
     interleaved: bool = False,
 ) -> Rotary:
     """As `read_rotary`, from one given section; models may have several, one per kind of layer."""
+    _refuse_unknown(section)
     source = section if section.has("rope_theta") else fields
     base = source.number("rope_theta", low=1.0, high=1e15, default=theta)
     dim = _rotated(fields, section, head_dim, partial)
@@ -77,6 +101,14 @@ def section_rotary(
         return replace(plain, kind=kind, factor=factor, original=max_position_embeddings)
     scaled = replace(plain, kind=kind, factor=factor, original=original)
     return _llama3(section, scaled) if kind == "llama3" else _yarn(section, scaled)
+
+
+def _refuse_unknown(section: Fields) -> None:
+    unknown = [key for key, value in section.values.items() if value is not None and key not in ROPE_KEYS]
+    if unknown:
+        raise section.error(
+            unknown[0][:60], f"only {', '.join(sorted(ROPE_KEYS))}: another key may change angles"
+        )
 
 
 def _rotated(fields: Fields, section: Fields, head_dim: int, partial: float | None) -> int:

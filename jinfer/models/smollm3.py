@@ -10,7 +10,7 @@ from jinfer.models.hf_config import (
     ModelConfig,
     common_config,
     read_layer_types,
-    read_window,
+    read_switched_window,
     with_attention,
 )
 from jinfer.models.weight_map import WeightMap
@@ -23,12 +23,13 @@ def config(fields: Fields) -> ModelConfig:
     config = common_config(fields, attention_bias="attention_bias", mlp_bias="mlp_bias", theta=2_000_000.0)
     depth = config.num_hidden_layers
     rotated = fields.integers("no_rope_layers", low=0, high=1)  # 1 says that the layer is rotated
+    fields.idle("no_rope_layer_interval")  # where the layers are named
     if not rotated:
         every = fields.integer("no_rope_layer_interval", low=1, high=4096, default=4)
         rotated = tuple(int((i + 1) % every != 0) for i in range(depth))
     if len(rotated) < depth:
         raise fields.error("no_rope_layers", f"a list with at least {depth} entries, one per layer")
-    window = read_window(fields) if fields.boolean("use_sliding_window", default=False) else None
+    window = read_switched_window(fields)
     types = read_layer_types(fields, depth) or [
         FULL if window is None or rotated[i] else SLIDING for i in range(depth)
     ]

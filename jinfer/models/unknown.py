@@ -10,6 +10,7 @@ from typing import Any
 from jinfer.errors import ModelError
 from jinfer.layers.parameter import Build
 from jinfer.models.checkpoint import HEAD, naming_of
+from jinfer.models.config_keys import without_effect
 from jinfer.models.decoder import ModelSpec
 from jinfer.models.family import WRAPPERS
 from jinfer.models.fields import Fields
@@ -19,47 +20,7 @@ from jinfer.models.weight_map import WeightMap
 from jinfer.weights.safetensors_source import open_safetensors
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# Keys of config.json that say nothing about what a decoder computes for a prompt.
-WITHOUT_EFFECT = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "attn_implementation",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "classifier_dropout",
-        "dtype",
-        "embd_pdrop",
-        "embedding_dropout",
-        "eos_token_id",
-        "hidden_dropout",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "resid_pdrop",
-        "residual_dropout",
-        "return_dict",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
-READ_ELSEWHERE = frozenset({"quantization_config"})
+READ_ELSEWHERE = frozenset({"quantization_config", "is_encoder_decoder"})
 SHOWN = 12
 
 
@@ -92,7 +53,9 @@ def what_is_missing(folder: Path, fields: Fields) -> str:
     layers = ""
     if config is not None:
         layers = f" of {config.num_hidden_layers} layers"
-        unread = set(fields.values) - seen - WITHOUT_EFFECT - READ_ELSEWHERE
+        unread = {
+            key for key in fields.values if key not in seen | READ_ELSEWHERE and not without_effect(key)
+        }
         if any(rotary.dim != config.head_dim for rotary in config.rotaries):
             unread.add("partial_rotary_factor")
         found += [f"config keys that Llama has not: {_list(sorted(unread))}"] if unread else []

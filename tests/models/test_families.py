@@ -2,6 +2,7 @@
 refused by name; files stay short."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from jinfer.layers.attention import AttentionSpec
 from jinfer.models.family import MODEL_TYPES, family_of
 from jinfer.models.fields import Fields
 from jinfer.models.hf_config import ModelConfig, read_config
-from jinfer.models.unknown import WITHOUT_EFFECT
 
 MODELS = Path(__file__).resolve().parents[2] / "jinfer" / "models"
+PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "models"
 FULL, SLIDING = "full_attention", "sliding_attention"
 SMALL = {
     "vocab_size": 300,
@@ -30,18 +31,6 @@ SMALL = {
 }
 # transformers leaves it open, and no file does.
 EXTRA = {"deepseek_v2": {"num_experts_per_tok": 2}}
-# Read only where another key does not already decide, derived from others, or of no effect in this family.
-OTHER: dict[str, set[str]] = {
-    "deepseek_v2": {"n_group", "topk_group", "norm_topk_prob", "qk_head_dim"},
-    "deepseek_v3": {"qk_head_dim", "num_nextn_predict_layers"},
-    "gemma3_text": {"_sliding_window_pattern"},
-    "phi3": {"original_max_position_embeddings"},
-    "qwen2": {"sliding_window"},
-    "qwen2_moe": {"sliding_window"},
-    "qwen3": {"sliding_window"},
-    "qwen3_moe": {"sliding_window"},
-    "smollm3": {"no_rope_layer_interval", "sliding_window"},
-}
 
 
 def saved(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -60,11 +49,96 @@ def attention(config: ModelConfig) -> list[AttentionSpec]:
     return specs  # type: ignore[return-value]
 
 
+def written(folder: Path, values: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_key_of_transformers_is_read_or_has_no_effect(model_type):
-    fields = Fields(saved(model_type), "config.json")
-    family_of(model_type).config(fields)
-    assert sorted(set(fields.values) - fields.seen - WITHOUT_EFFECT) == sorted(OTHER.get(model_type, set()))
+def test_every_key_of_transformers_is_read_or_has_no_effect(model_type, tmp_path):
+    assert read_config(written(tmp_path, saved(model_type))) == read(model_type)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_key_that_nobody_reads_is_refused(model_type, tmp_path):
+    unknown = {"query_scale": 0.25, "per_layer_config": {"0": {"head_dim": 8}}}
+    with pytest.raises(ModelError) as caught:
+        read_config(written(tmp_path, {**saved(model_type), **unknown}))
+    assert re.search(
+        r"config.json has 'query_scale' = 0.25, 'per_layer_config' = .*: not known for model_type "
+        rf"'{model_type}', .* delete it from config.json",
+        str(caught.value),
+    )
+    nothing = dict.fromkeys(unknown) | {"image_token_id": 5, "unsloth_version": "2026.1"}
+    assert read_config(written(tmp_path, {**saved(model_type), **nothing})) == read(model_type)
+
+
+@pytest.mark.parametrize("folder", sorted(PUBLISHED.iterdir()), ids=lambda folder: folder.name)
+def test_published_configs_have_no_key_that_nobody_reads(folder):
+    assert read_config(folder).num_hidden_layers > 1
+
+
+# Of published files: keys that transformers does not know, beside those of configs/models.
+EXTRAS = [
+    ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}),
+    ("llama", {"max_sequence_length": 4096, "temperature": 0.9, "sliding_window": None, "pretraining_tp": 2}),
+    ("llama", {"sliding_window": 4096, "use_sliding_window": False, "layer_types": [FULL] * 4}),
+    ("mistral", {"unsloth_fixed": True, "_attn_implementation_autoset": True, "quantization_config": None}),
+    ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
+    ("qwen2", {"use_mrope": False, "sliding_window": 131072, "use_sliding_window": False}),
+    ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}),
+    ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "sliding_window_size": 9}),
+    ("deepseek_v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "ep_size": 1, "seq_aux": True}),
+    ("starcoder2", {"norm_type": "layer_norm", "mlp_type": "default", "activation_function": "gelu"}),
+    ("gpt_oss", {"experts_per_token": 4, "initial_context_length": 4096}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "extra"), EXTRAS)
+def test_keys_of_published_files_that_say_nothing(model_type, extra, tmp_path):
+    assert read_config(written(tmp_path, {**saved(model_type), **extra})).model_type == model_type
+
+
+UNKNOWN = [
+    ("llama", {"sliding_window": 8}, "'sliding_window' = 8"),
+    ("llama", {"layer_types": [FULL, SLIDING] * 2}, "'layer_types' = "),
+    ("llama", {"use_mrope": True}, "'use_mrope' = True"),
+    ("llama", {"is_encoder_decoder": True}, "'is_encoder_decoder' = True"),
+    ("llama", {"num_experts": 8}, "'num_experts' = 8"),
+    ("mistral", {"use_sliding_window": False}, "'use_sliding_window' = False"),
+    ("qwen3", {"use_qk_norm": False, "attn_output_gate": True}, "'attn_output_gate' = True"),
+    ("qwen3_moe", {"layer_types": [FULL, SLIDING] * 2}, "'layer_types' = "),
+    ("gemma", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu', expected 'gelu_pytorch_tanh'"),
+    ("gpt_oss", {"experts_per_token": 3}, "experts_per_token is 3, expected 4 or None"),
+    ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid', expected 'softmax'"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True, expected False"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax', expected 'sigmoid'"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method is 'greedy', expected 'noaux_tc'"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "extra", "problem"), UNKNOWN)
+def test_keys_of_other_models_are_refused(model_type, extra, problem, tmp_path):
+    with pytest.raises(ModelError, match=problem):
+        read_config(written(tmp_path, {**saved(model_type), **extra}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "count"),
+    [
+        ("deepseek_v2", "num_experts", "n_routed_experts"),
+        ("deepseek_v3", "num_local_experts", "n_routed_experts"),
+        ("mixtral", "num_experts", "num_local_experts"),
+        ("qwen3_moe", "num_local_experts", "num_experts"),
+    ],
+)
+def test_other_names_of_a_key_go_before_it(model_type, name, count):
+    others = {key: value for key, value in saved(model_type).items() if key not in (name, count)}
+    config = family_of(model_type).config
+    one, other = ({**others, **changes} for changes in ({name: 16, count: 8}, {count: 16}))
+    assert config(Fields(one, "config.json")) == config(Fields(other, "config.json"))
+    assert getattr(AutoConfig.for_model(model_type, **{count: 8, name: 16}), name) == 16
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -183,3 +257,19 @@ def test_first_gemma_releases_mean_the_tanh_approximation():
 def test_layers_without_rotation():
     found = attention(read("smollm3", no_rope_layers=None, no_rope_layer_interval=2))
     assert [spec.rotary is None for spec in found] == [False, True, False, True]
+
+
+def test_layers_of_mistral_have_the_types_that_the_file_names():
+    """transformers reads a mistral file with layer_types as its ministral."""
+    types = [FULL, SLIDING, SLIDING, FULL]
+    found = attention(read("mistral", layer_types=types, sliding_window=8))
+    assert [spec.window for spec in found] == [None, 8, 8, None]
+    assert {spec.window for spec in attention(read("mistral", layer_types=None, sliding_window=8))} == {8}
+
+
+def test_a_null_flag_is_false():
+    assert not read("deepseek_v3", rope_interleave=None).rotaries[0].interleaved
+    (router,) = {layer.mlp.router for layer in read("deepseek_v3", norm_topk_prob=None).layers[3:]}  # type: ignore[union-attr]
+    assert not router.normalize
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "truncate": None}
+    assert not read("llama", rope_parameters=yarn).rotaries[0].truncate
