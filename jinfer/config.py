@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from jinfer.errors import ConfigError
 
 BUNDLED_MODEL = "tiny"
+METRICS_PREFIX = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]{0,63}")
 
 T = TypeVar("T")
 
@@ -181,9 +183,17 @@ class ServerConfig:
         choices=("critical", "error", "warning", "info", "debug", "trace"),
     )
     disable_log_requests: bool = option(True, "leave out a log line per request")
+    metrics_prefix: str = option(
+        "jinfer:", "beginning of the metrics' names; vllm: for dashboards made for vLLM"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not METRICS_PREFIX.fullmatch(self.metrics_prefix):
+            raise ConfigError(
+                f"metrics_prefix is {self.metrics_prefix[:80]!r}, expected the beginning of a metric's name: 1 to 64 of "
+                "ASCII letters, digits, '_' and ':', the first no digit"
+            )
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], source: str = "configuration") -> T:

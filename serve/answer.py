@@ -63,8 +63,12 @@ class Answer(Response):
         self._form = form
         self._deadline = deadline
         self._on_end = on_end
-        self._generation = Generation(state, job, RequestClock(state.metrics))
+        self._generation = Generation(state, job, self._clock())
         self._id_header = {"x-request-id": job.request_id}
+
+    def _clock(self) -> RequestClock:
+        params = None if self._job.pooling is not None else self._job.params
+        return RequestClock(self._state.metrics, params, self._state.engine.max_model_len)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.ensure_future(self._produce(scope, receive, send))

@@ -20,6 +20,7 @@ from serve.chat import answer_chat
 from serve.completions import answer_completion
 from serve.embeddings import answer_embeddings
 from serve.middleware import Gate
+from serve.openapi import install_openapi
 from serve.protocol import APIError, install_handlers
 from serve.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from serve.state import State
@@ -56,6 +57,7 @@ def create_app(
     _add_model_routes(app, state)
     _add_generation_routes(app, state)
     _add_operation_routes(app, state)
+    install_openapi(app, has_key=config.api_key is not None)
     return Gate(app, state), state
 
 
@@ -82,28 +84,14 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
         body, _ = await read(request, DetokenizeBody)
         return JSONResponse(await state.in_thread(detokenize, state, body))
 
-    routes: tuple[tuple[str, Any, type[Body]], ...] = (
-        ("/v1/chat/completions", chat_completions, ChatBody),
-        ("/v1/completions", completions, CompletionBody),
-        ("/v1/embeddings", embeddings, EmbeddingBody),
-        ("/tokenize", tokenize_text, TokenizeBody),
-        ("/detokenize", detokenize_ids, DetokenizeBody),
-    )
-    for path, endpoint, _ in routes:
+    for path, endpoint in (
+        ("/v1/chat/completions", chat_completions),
+        ("/v1/completions", completions),
+        ("/v1/embeddings", embeddings),
+        ("/tokenize", tokenize_text),
+        ("/detokenize", detokenize_ids),
+    ):
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-
-    # The endpoints read their bodies themselves (FastAPI would parse them on the event loop and answer errors in a
-    # form of its own), so it does not know them. The schemas are made when somebody asks, not at every start.
-    make_schema = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        schema = make_schema()
-        for path, _, body in routes:
-            content = {"application/json": {"schema": body.model_json_schema()}}
-            schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-        return schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_model_routes(app: FastAPI, state: State) -> None:

@@ -109,6 +109,8 @@ class CompletionFormat:
             "model": self._model,
             "choices": [self._whole_choice(i, choice, choices) for i, choice in enumerate(choices.all)],
             "usage": self._usage(choices),
+            "service_tier": None,
+            "system_fingerprint": None,
         }
 
     def _whole_choice(self, index: int, choice: Choice, choices: Choices) -> dict[str, Any]:

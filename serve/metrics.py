@@ -1,4 +1,4 @@
-"""Prometheus metrics, under the names that vLLM's users know, with the prefix `jinfer:`."""
+"""Prometheus metrics, under the names that vLLM's users know; --metrics-prefix stands in front of each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
-from jinfer import OutputDelta
+from jinfer import OutputDelta, SamplingParams
 
 LABEL = "model_name"
 
@@ -34,47 +34,36 @@ FIRST_TOKEN_BUCKETS = (
     20,
 )
 BETWEEN_TOKENS_BUCKETS = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1,
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1, 2.5, 5),
 )
-BETWEEN_TOKENS_BUCKETS += (2.5, 5)
 REQUEST_BUCKETS = (
-    0.01,
-    0.05,
-    0.1,
-    0.3,
-    0.5,
-    0.8,
-    1,
-    1.5,
-    2,
-    2.5,
-    5,
-    10,
-    15,
-    20,
-    30,
-    40,
-    50,
-    60,
-    120,
-    240,
-    480,
+    *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
+    *(120, 240, 480, 960),
 )
-REQUEST_BUCKETS += (960,)
+TOKEN_BUCKETS = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))
+CHOICES_BUCKETS = (1, 2, 5, 10, 20, 50)
+
+# Histograms filled while requests run: attribute of Metrics, name, what it is, buckets.
+HISTOGRAMS = (
+    ("first_token", "time_to_first_token_seconds", "from arrival to the first token", FIRST_TOKEN_BUCKETS),
+    ("between_tokens", "inter_token_latency_seconds", "from one token to the next", BETWEEN_TOKENS_BUCKETS),
+    (
+        "per_token",
+        "request_time_per_output_token_seconds",
+        "mean of a request's times from one token to the next",
+        BETWEEN_TOKENS_BUCKETS,
+    ),
+    ("whole", "e2e_request_latency_seconds", "from arrival to the last token", REQUEST_BUCKETS),
+    ("queue", "request_queue_time_seconds", "from arrival to the first step", REQUEST_BUCKETS),
+    ("prefill", "request_prefill_time_seconds", "from the first step to the first token", REQUEST_BUCKETS),
+    ("decode", "request_decode_time_seconds", "from the first token to the last", REQUEST_BUCKETS),
+    ("inference", "request_inference_time_seconds", "from the first step to the last token", REQUEST_BUCKETS),
+    ("prompt_tokens", "request_prompt_tokens", "tokens of a request's prompt", TOKEN_BUCKETS),
+    ("generation_tokens", "request_generation_tokens", "tokens generated for a choice", TOKEN_BUCKETS),
+    ("choices", "request_params_n", "choices that a request asks for", CHOICES_BUCKETS),
+    ("max_tokens", "request_params_max_tokens", "most tokens that a choice may have", TOKEN_BUCKETS),
+)
 
 # name, what it is, attribute of EngineStats
 GAUGES = (
@@ -101,61 +90,77 @@ COUNTERS = (
     ("recompiles", "steps compiled after warm-up; more than 0 is a fault", "recompiles"),
 )
 
+METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
+
 
 class Metrics:
     """The server's metrics: histograms filled while requests run, and the engine's figures read at each scrape.
 
     read_stats: returns EngineStats, or None while there is no engine to ask.
+    prefix: of every name but http_requests_total, which is not the engine's.
     """
 
-    def __init__(self, model_name: str, read_stats: Callable[[], Any]) -> None:
+    first_token: Histogram
+    between_tokens: Histogram
+    per_token: Histogram
+    whole: Histogram
+    queue: Histogram
+    prefill: Histogram
+    decode: Histogram
+    inference: Histogram
+    prompt_tokens: Histogram
+    generation_tokens: Histogram
+    choices: Histogram
+    max_tokens: Histogram
+
+    def __init__(self, model_name: str, read_stats: Callable[[], Any], prefix: str = "jinfer:") -> None:
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_EngineFigures(model_name, read_stats))
+        self.registry.register(_EngineFigures(model_name, read_stats, prefix))
+        for attribute, name, text, buckets in HISTOGRAMS:
+            histogram = Histogram(prefix + name, text, (LABEL,), registry=self.registry, buckets=buckets)
+            setattr(self, attribute, histogram.labels(model_name))
+        self._http_requests = Counter(
+            "http_requests", "answered HTTP requests", ("handler", "method", "status"), registry=self.registry
+        )
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
-            return Histogram(
-                f"jinfer:{name}", text, (LABEL,), registry=self.registry, buckets=buckets
-            ).labels(model_name)
+    def count_http(self, method: str, route: str | None, status: int) -> None:
+        """Counts an answer. What a client can choose freely is no label: an unknown path or method has one name.
 
-        self.first_token = histogram(
-            "time_to_first_token_seconds", "from arrival to the first token", FIRST_TOKEN_BUCKETS
-        )
-        self.between_tokens = histogram(
-            "inter_token_latency_seconds", "from one token to the next", BETWEEN_TOKENS_BUCKETS
-        )
-        self.whole = histogram(
-            "e2e_request_latency_seconds", "from arrival to the last token", REQUEST_BUCKETS
-        )
-        self.queued = histogram(
-            "request_queue_time_seconds", "from arrival to the first step", REQUEST_BUCKETS
-        )
+        route: the path as the routes write it (`/v1/models/{name}`), None where none matched.
+        """
+        known = method if method in METHODS else "other"
+        self._http_requests.labels(route or "none", known, f"{status // 100}xx").inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The page that Prometheus reads and its content type, as the Accept header asks."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # it asks for a version that is no number
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
 
 class _EngineFigures:
     """Reads the engine's own counts at each scrape, so that nothing is counted twice."""
 
-    def __init__(self, model_name: str, read_stats: Callable[[], Any]) -> None:
+    def __init__(self, model_name: str, read_stats: Callable[[], Any], prefix: str) -> None:
         self._labels = [model_name]
         self._read_stats = read_stats
+        self._prefix = prefix
 
     def collect(self) -> Iterator[Metric]:
         stats = self._read_stats()
         for name, text, attribute in GAUGES:
-            gauge = GaugeMetricFamily(f"jinfer:{name}", text, labels=[LABEL])
+            gauge = GaugeMetricFamily(self._prefix + name, text, labels=[LABEL])
             gauge.add_metric(self._labels, 0 if stats is None else getattr(stats, attribute))
             yield gauge
         yield from self._collect_groups(() if stats is None else stats.kv_groups)
         for name, text, attribute in COUNTERS:
-            counter = CounterMetricFamily(f"jinfer:{name}", text, labels=[LABEL])
+            counter = CounterMetricFamily(self._prefix + name, text, labels=[LABEL])
             counter.add_metric(self._labels, 0 if stats is None else getattr(stats, attribute))
             yield counter
         finished = CounterMetricFamily(
-            "jinfer:request_success", "finished requests", labels=[LABEL, "finished_reason"]
+            self._prefix + "request_success", "finished requests", labels=[LABEL, "finished_reason"]
         )
         counts = {"stop": 0, "length": 0, "abort": 0, "error": 0} | (
             {} if stats is None else stats.num_requests_finished
@@ -166,7 +171,7 @@ class _EngineFigures:
 
     def _collect_groups(self, groups: Iterable[Any]) -> Iterator[Metric]:
         for name, text, attribute in GROUP_GAUGES:
-            gauge = GaugeMetricFamily(f"jinfer:{name}", text, labels=[LABEL, "group", "window"])
+            gauge = GaugeMetricFamily(self._prefix + name, text, labels=[LABEL, "group", "window"])
             for number, group in enumerate(groups):
                 window = "none" if group.window is None else str(group.window)
                 gauge.add_metric([*self._labels, str(number), window], getattr(group, attribute))
@@ -174,13 +179,20 @@ class _EngineFigures:
 
 
 class RequestClock:
-    """Observes the latencies of one HTTP request from its deltas."""
+    """Observes one HTTP request from its deltas: latencies, lengths, what it asked for.
 
-    def __init__(self, metrics: Metrics) -> None:
+    params: None where no text is wanted (embeddings).
+    """
+
+    def __init__(self, metrics: Metrics, params: SamplingParams | None, max_model_len: int) -> None:
         self._metrics = metrics
+        self._params = params
+        self._max_model_len = max_model_len
         self._arrival = time.monotonic()
         self._last: dict[tuple[int, int], float] = {}  # (prompt, choice) -> when its last token came
+        self._counts: dict[tuple[int, int], int] = {}  # its tokens
         self._begun: set[int] = set()  # prompts that have their first token, from whichever choice
+        self._ended: set[int] = set()  # prompts of which a choice has ended
 
     def observe(self, prompt: int, delta: OutputDelta) -> None:
         """Takes a delta at the moment it arrives."""
@@ -189,6 +201,7 @@ class RequestClock:
         if count:
             key = (prompt, delta.index)
             before = self._last.get(key)
+            self._counts[key] = self._counts.get(key, 0) + count
             if prompt not in self._begun:
                 self._begun.add(prompt)
                 self._metrics.first_token.observe(now - self._arrival)
@@ -198,9 +211,40 @@ class RequestClock:
             for _ in range(count):
                 self._metrics.between_tokens.observe((now - before) / count)
             self._last[key] = now
+        if delta.finish_reason is not None:
+            self._end(prompt, delta)
+
+    def _end(self, prompt: int, delta: OutputDelta) -> None:
+        metrics, params = self._metrics, self._params
+        if prompt not in self._ended:  # the prompt's own figures count once however many choices share it
+            self._ended.add(prompt)
+            metrics.prompt_tokens.observe(delta.num_prompt_tokens)
+            if params is not None:
+                room = self._max_model_len - delta.num_prompt_tokens
+                metrics.choices.observe(params.n)
+                metrics.max_tokens.observe(
+                    room if params.max_tokens is None else min(params.max_tokens, room)
+                )
+        tokens = self._counts.get((prompt, delta.index), 0)
+        if params is not None:
+            metrics.generation_tokens.observe(tokens)
         times = delta.timings
-        if delta.finish_reason is not None and times is not None:
-            if times.scheduled is not None:
-                self._metrics.queued.observe(times.scheduled - times.arrival)
-            if times.finished is not None:
-                self._metrics.whole.observe(times.finished - times.arrival)
+        if times is None:
+            return
+        decode = _span(times.first_token, times.finished)
+        spans = (
+            (metrics.queue, _span(times.arrival, times.scheduled)),
+            (metrics.prefill, _span(times.scheduled, times.first_token)),
+            (metrics.decode, decode),
+            (metrics.inference, _span(times.scheduled, times.finished)),
+            (metrics.whole, _span(times.arrival, times.finished)),
+        )
+        for histogram, seconds in spans:
+            if seconds is not None:
+                histogram.observe(seconds)
+        if decode is not None and tokens > 1:
+            metrics.per_token.observe(decode / (tokens - 1))
+
+
+def _span(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start

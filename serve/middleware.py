@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.protocol import APIError, BodyTooLargeError
+from serve.protocol import CLIENT_GONE, APIError, BodyTooLargeError
 from serve.state import State
 
 MAX_HEADERS = 100
@@ -38,7 +38,23 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
+        status = CLIENT_GONE  # of an answer that nobody was there to take
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", None)
+            self._state.metrics.count_http(scope["method"], route, status)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = _with_fixed_headers(send)
         self._state.active += 1
         try:

@@ -37,7 +37,7 @@ class State:
         self.active = 0  # HTTP requests that are being answered
         self.created = int(time.time())
         self.started = time.monotonic()
-        self.metrics = Metrics(self.model_name, self._read_stats)
+        self.metrics = Metrics(self.model_name, self._read_stats, config.metrics_prefix)
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="serve")
 
     @property
