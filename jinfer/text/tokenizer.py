@@ -1,8 +1,8 @@
 """A Hugging Face tokenizer without transformers: `tokenizer.json` read by the `tokenizers` library directly.
 
 Importing transformers costs most of a second, which every start of a server would pay. Where a folder's
-tokenizer class rewrites what `tokenizer.json` says (Llama 2's does), transformers builds the tokenizer, so
-that tokens are always the ones `AutoTokenizer` gives.
+tokenizer class rewrites what `tokenizer.json` says (Llama 2's does), or other files name tokens that it lacks,
+transformers builds the tokenizer, so that tokens are always the ones `AutoTokenizer` gives.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from jinfer.errors import ModelError, RequestError
-from jinfer.text.files import added_token, extra_special_tokens, read_json, special_tokens
+from jinfer.text.files import added_token, extra_special_tokens, is_changed_at_load, read_json, special_tokens
 from jinfer.text.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class Tokenizer:
         folder = Path(path)
         config = read_json(folder / "tokenizer_config.json")
         file = folder / "tokenizer.json"
-        if file.is_file() and (not config or config.get("tokenizer_class") in _PLAIN_CLASSES):
+        is_plain = not config or config.get("tokenizer_class") in _PLAIN_CLASSES
+        if file.is_file() and is_plain and not is_changed_at_load(folder, config):
             backend, named = _read_plainly(file, config)
         else:
             backend, named = _build_with_transformers(folder, config)
