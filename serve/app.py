@@ -24,7 +24,7 @@ from serve.openapi import install_openapi
 from serve.protocol import APIError, install_handlers
 from serve.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from serve.state import State
-from serve.tokens import detokenize, tokenize
+from serve.tokens import detokenize, tokenize, tokenizer_info
 
 PAGE = Path(__file__).parent / "static" / "index.html"
 
@@ -113,6 +113,12 @@ def _add_model_routes(app: FastAPI, state: State) -> None:
         state.check_model(name or "/")
         return JSONResponse(card())
 
+    async def tokenizer() -> Response:
+        """The tokenizer's settings: special tokens, added tokens, chat template."""
+        state.check_accepting()
+        return JSONResponse(await state.in_thread(tokenizer_info, state))
+
+    app.add_api_route("/tokenizer_info", tokenizer, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
     # A model's name may have slashes: organisation/name.
     app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], response_model=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -12,7 +11,7 @@ from serve.answer import Answer, StreamedAnswer, WholeAnswer, event
 from serve.generation import Choice, Choices, Job
 from serve.inputs import read_documents, read_messages, read_tools
 from serve.logprobs import ChatLogprobs, TokenTexts, prompt_logprobs
-from serve.params import chat_params
+from serve.params import answer_id, chat_params
 from serve.protocol import bad_request
 from serve.requestlog import logger_for
 from serve.schemas import ChatBody, TemplateBody
@@ -37,7 +36,9 @@ def _prepare(state: State, body: ChatBody, params: SamplingParams) -> Job:
     tools = read_tools(body.tools, body.tool_choice)
     ids = prompt_ids(state, body, tools, bool(body.add_special_tokens))
     state.validate(ids, params, "messages")
-    return Job(f"chatcmpl-{uuid.uuid4().hex}", [ids], params, body.priority or 0, body.cache_salt or "")
+    return Job(
+        answer_id("chatcmpl", body.request_id), [ids], params, body.priority or 0, body.cache_salt or ""
+    )
 
 
 def prompt_ids(
@@ -106,7 +107,7 @@ class ChatFormat:
         options = body.stream_options
         self._counts_usage = bool(options and options.include_usage)
         self._counts_always = bool(options and options.continuous_usage_stats and options.include_usage)
-        self._begun: set[int] = set()
+        self._has_begun = False
         # The fast path writes JSON by hand around the one thing that changes: a dict per token costs twice as much.
         head = event(self._chunk_fields())
         self._before = head[: -len(b"}\n\n")] + b',"choices":[{"index":'
@@ -122,6 +123,8 @@ class ChatFormat:
             "model": self._model,
             "choices": [self._whole_choice(i, choice) for i, choice in enumerate(choices.all)],
             "usage": choices.usage(),
+            "service_tier": None,
+            "system_fingerprint": None,
         }
         if self._returns_ids:
             answer["prompt_token_ids"] = list(self._prompt)
@@ -144,9 +147,9 @@ class ChatFormat:
 
     def events(self, choices: Choices, prompt: int, delta: OutputDelta) -> bytes:
         data = b""
-        if delta.index not in self._begun:
-            self._begun.add(delta.index)
-            data += self._first(choices, delta.index)
+        if not self._has_begun:
+            self._has_begun = True
+            data = b"".join(self._first(choices, index) for index in range(len(choices.all)))
         if self._is_plain:
             if delta.text:
                 piece = f'{delta.index},"delta":{{"content":{quoted(delta.text)}'
@@ -163,6 +166,7 @@ class ChatFormat:
         return event(self._chunk_fields() | {"choices": [], "usage": choices.usage()})
 
     def _first(self, choices: Choices, index: int) -> bytes:
+        """The chunk that brings the role. All choices' go out at once, in front of any token."""
         return self._chunk(choices, index, {"role": "assistant", "content": ""}, begins=True)
 
     def _chunk(
@@ -184,11 +188,16 @@ class ChatFormat:
         if finish is not None and finish.finish_reason is not None:
             choice["finish_reason"] = finish.finish_reason.value
             choice["stop_reason"] = finish.stop_reason
+            # Nothing in it, and there: loops that read every chunk's block need no test for null.
+            if self._logprobs is not None:
+                choice["logprobs"] = self._logprobs_of(())
+            if self._returns_ids:
+                choice["token_ids"] = []
         if begins and self._returns_ids:
             fields["prompt_token_ids"] = list(self._prompt)
         fields["choices"] = [choice]
         if self._counts_usage:
-            fields["usage"] = choices.usage() if self._counts_always else None
+            fields["usage"] = choices.usage(0 if begins else None) if self._counts_always else None
         return event(fields)
 
     def _chunk_fields(self) -> dict[str, Any]:

@@ -82,8 +82,8 @@ class ChatAnswer(Shape):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    service_tier: None = None
-    system_fingerprint: None = None
+    service_tier: None
+    system_fingerprint: None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs = None
 

@@ -56,3 +56,27 @@ def detokenize(state: State, body: DetokenizeBody) -> dict[str, Any]:
     check_token_ids(ids, state.engine.vocab_size, "tokens")
     text = state.engine.tokenizer.decode(ids, skip_special_tokens=bool(body.skip_special_tokens))
     return {"prompt": text}
+
+
+def tokenizer_info(state: State) -> dict[str, Any]:
+    """What a client needs to write prompts itself, under the names of tokenizer_config.json.
+
+    The chat template is the model's own. One that the operator brought may be private, so none is shown then.
+    """
+    tokenizer, template = state.engine.tokenizer, state.engine.chat_template
+    sources = {} if template is None or state.config.chat_template is not None else template.sources
+    added = {
+        str(token_id): {"content": text, "special": token_id in tokenizer.special_ids}
+        for text, token_id in sorted(tokenizer.added_tokens.items(), key=lambda pair: pair[1])
+    }
+    named = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token")}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # what reads tokenizer.json as it is
+        **named,
+        **tokenizer.special_tokens,
+        "added_tokens_decoder": added,
+        "clean_up_tokenization_spaces": tokenizer.cleans_up_spaces,
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": state.engine.max_model_len,
+        "chat_template": sources.get("default"),
+    }

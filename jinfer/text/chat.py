@@ -59,6 +59,11 @@ class ChatTemplate:
                     "mend chat_template.jinja or tokenizer_config.json in the model folder"
                 ) from error
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """The templates as they are written, by name."""
+        return dict(self._sources)
+
     @classmethod
     def from_folder(cls, path: str | Path, **limits: Any) -> "ChatTemplate | None":
         """The chat template of a model folder, None where it has none (a base model).

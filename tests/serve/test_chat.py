@@ -59,6 +59,7 @@ def test_usage_in_the_stream(client, events, engine):
     *chunks, last = events(client.chat("hi", stream=True, stream_options=options).content)
     counts = [c["usage"]["completion_tokens"] for c in chunks]
     assert counts == sorted(counts)
+    assert counts[:2] == [0, 1]  # the chunk that brings the role brings no token
     assert counts[-1] == last["usage"]["completion_tokens"] == len(engine.reply) + 1
 
 
@@ -101,6 +102,29 @@ def test_streamed_logprobs_are_those_of_the_whole_answer(client, events, engine)
     chunks = events(client.chat("hi", stream=True, **asked).content)
     parts = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
     assert [e for part in parts for e in part["content"]] == whole
+
+
+def test_every_role_comes_before_any_token(client, events):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _ = events(client.chat("hi", n=3, stream=True, stream_options=options).content)
+    for index, chunk in enumerate(chunks[:3]):
+        assert chunk["choices"][0]["index"] == index
+        assert chunk["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert chunk["usage"]["completion_tokens"] == 0
+        assert chunk["usage"]["total_tokens"] == chunk["usage"]["prompt_tokens"]
+    counts = [c["usage"]["completion_tokens"] for c in chunks]
+    assert counts == sorted(counts)
+
+
+def test_the_last_chunk_has_what_was_asked_for_and_nothing_in_it(client, events):
+    chunks = events(client.chat("hi", stream=True, logprobs=True, return_token_ids=True).content)
+    last = chunks[-1]["choices"][0]
+    assert last["finish_reason"] == "stop"
+    assert last["logprobs"] == {"content": [], "refusal": None}
+    assert last["token_ids"] == []
+    plain = events(client.chat("hi", stream=True).content)[-1]["choices"][0]
+    assert plain["logprobs"] is None
+    assert "token_ids" not in plain
 
 
 def test_stop_strings_and_lengths(client):

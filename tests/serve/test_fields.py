@@ -369,3 +369,22 @@ def test_embeddings_by_vllms_name_of_normalize(client):
     assert vector(use_activation=True) != vector(use_activation=False)
     both = {"input": "hi", "normalize": True, "use_activation": False}
     assert client.fault(client.post(EMBEDDINGS, both), 400)["param"] == "use_activation"
+
+
+def test_a_request_may_bring_its_id(client, engine):
+    assert client.chat(request_id="abc").json()["id"] == "chatcmpl-abc"
+    response = client.complete(["a", "b"], request_id="abc")
+    assert response.json()["id"] == "cmpl-abc"
+    assert response.headers["x-request-id"] == "cmpl-abc"
+    for wrong in ("a b", "a\nb", "é", "x" * 129, 5):
+        assert client.fault(client.chat(request_id=wrong), 400)["param"] == "request_id"
+
+
+def test_two_requests_with_one_id_run_beside_each_other(client, engine):
+    import asyncio
+
+    async def both():
+        body = {"messages": TALK, "request_id": "twice"}
+        return await asyncio.gather(*(client.http.post(CHAT, json=body) for _ in range(2)))
+
+    assert [response.status_code for response in asyncio.run(both())] == [200, 200]

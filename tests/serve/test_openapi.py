@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fastapi.openapi.models import OpenAPI
 
+from jinfer.text import ChatTemplate
 from serve import shapes
 from serve.fields import NEUTRAL
 
@@ -152,8 +153,7 @@ def test_answers_have_their_shape(client, events, path, asked):
     else:
         answer = response.json()
         whole.model_validate(answer)
-        if path == COMPLETIONS:
-            assert answer["service_tier"] is answer["system_fingerprint"] is None
+        assert answer["service_tier"] is answer["system_fingerprint"] is None
         assert answer["usage"]["prompt_tokens_details"].keys() == {"cached_tokens"}
 
 
@@ -166,9 +166,33 @@ def test_other_answers_have_their_shape(client):
         (shapes.TokenizeAnswer, client.post("/tokenize", {"prompt": "a"})),
         (shapes.TokenizeAnswer, client.post("/tokenize", {"prompt": "a", "return_token_strs": True})),
         (shapes.DetokenizeAnswer, client.post("/detokenize", {"tokens": [1]})),
+        (shapes.TokenizerInfo, client.get("/tokenizer_info")),
         (shapes.Status, client.get("/health")),
         (shapes.Version, client.get("/version")),
         (shapes.ErrorAnswer, client.post(CHAT, {})),
         (shapes.ErrorAnswer, client.get("/nothing")),
     ):
         shape.model_validate(response.json())
+
+
+def test_tokenizer_info(client, engine, make_client, tmp_path):
+    info = client.get("/tokenizer_info").json()
+    tokenizer = engine.tokenizer
+    assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
+    assert info["vocab_size"] == tokenizer.vocab_size
+    assert info["model_max_length"] == 1000
+    assert info["added_tokens_decoder"][str(tokenizer.bos_id)] == {"content": "<s>", "special": True}
+    # A client that renders the template itself gets the server's prompt.
+    text = ChatTemplate({"default": info["chat_template"]}, tokenizer.special_tokens).render(
+        TALK, add_generation_prompt=True
+    )
+    tokens = client.post("/tokenize", {"messages": TALK}).json()["tokens"]
+    assert tokenizer.encode(text, add_special_tokens=False) == tokens
+    # One that the operator brought may be private.
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages }}")
+    assert make_client(chat_template=str(file)).get("/tokenizer_info").json()["chat_template"] is None
+    assert make_client(api_key="k").get("/tokenizer_info").status_code == 401
+    engine.is_ready = False
+    assert client.fault(client.get("/tokenizer_info"), 503)["code"] == "not_ready"
+    engine.is_ready = True
