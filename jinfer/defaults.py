@@ -8,6 +8,7 @@ from typing import Any
 
 from jinfer.errors import ConfigError, ModelError, RequestError
 from jinfer.sampling.params import SamplingParams
+from jinfer.token_ids import read_token_ids
 
 FILE = "generation_config.json"
 AUTO, NONE = "auto", "vllm"
@@ -47,15 +48,12 @@ def generation_defaults(choice: str, model_folder: Path) -> dict[str, Any]:
     return defaults
 
 
-def generation_end_ids(choice: str, model_folder: Path) -> frozenset[int]:
+def generation_end_ids(choice: str, model_folder: Path, vocab_size: int) -> frozenset[int]:
     """The ids that end a generation by the file of a named folder; the model's own are read with its config."""
     if choice in (AUTO, NONE):
         return frozenset()
     ids = _read(choice, model_folder).get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise ModelError(f"{FILE} of {choice}: eos_token_id is {ids!r}, expected one token id or a list")
-    return frozenset(ids)
+    return frozenset(read_token_ids(ids, vocab_size, f"{FILE} of {choice}"))
 
 
 def _read(choice: str, model_folder: Path) -> dict[str, Any]:

@@ -11,22 +11,23 @@ A row whose end is found in n has one more token computed in n+1, which commit t
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from jinfer.admission import Admission, check_salt, choice_seed, read_priority
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_end_ids
-from jinfer.errors import RequestError
+from jinfer.errors import JinferError, RequestError, RequestFailedError
 from jinfer.kv_plan import plan_kv
 from jinfer.models.decoder import Params
 from jinfer.outputs import OutputStream
+from jinfer.packing import slot_fields
 from jinfer.platform import prepare_platform
 from jinfer.pooling import PoolingParams
 from jinfer.request import FinishReason, OutputDelta, Request
 from jinfer.runner import Runner, StepHandle, token_logprobs
-from jinfer.sampling.params import MAX_STOP_IDS, SamplingParams
+from jinfer.sampling.params import SamplingParams
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.text import ChatTemplate, Tokenizer
 
@@ -110,12 +111,16 @@ class Engine:
             recompute_beyond=self.model_config.recompute_length,
         )
         self.end_ids = frozenset(self.tokenizer.eos_ids) | frozenset(self.model_config.eos_token_ids)
-        self.end_ids |= generation_end_ids(config.generation_config, self.folder)
+        self.end_ids |= generation_end_ids(config.generation_config, self.folder, self.vocab_size)
+        # The tokenizer may know tokens that the model has no row for.
+        self.end_ids = frozenset(i for i in self.end_ids if i < self.vocab_size)
+        self.admission = Admission(
+            self.scheduler, self.tokenizer, self.vocab_size, self.end_ids, seed=config.seed
+        )
         self._streams: dict[Request, OutputStream] = {}
         self._pending: StepHandle | None = None
         self._ended: list[OutputDelta] = []  # ends that no step caused: told by the next step
         self._counters = _Counters()
-        self._seeds = random.Random(config.seed)  # for requests that bring none
         loaded = time.monotonic()
         seconds = self.runner.warmup() if config.warmup else 0.0
         logger.info("loaded in %.1f s, compiled in %.1f s", loaded - started, seconds)
@@ -172,28 +177,7 @@ class Engine:
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt_only: bool = False
     ) -> None:
         """Raises RequestError if a request with these could not run; `prompt_only`: see `add_request`."""
-        if len(prompt_token_ids) == 0:
-            raise RequestError("the prompt is empty: give at least one token", param="prompt")
-        vocab = self.vocab_size
-        for token in prompt_token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise RequestError(
-                    f"prompt has token id {token!r}, expected integers from 0 to {vocab - 1}", param="prompt"
-                )
-        scheduler = self.scheduler
-        longest = scheduler.capacity_prompt_only if prompt_only else scheduler.capacity_tokens
-        if len(prompt_token_ids) >= longest:
-            raise RequestError(
-                f"prompt has {len(prompt_token_ids)} tokens, max_model_len is {longest - prompt_only}: shorten it or "
-                "start with a larger --max-model-len",
-                param="prompt",
-            )
-        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-            for token in ids:
-                if token >= vocab:
-                    raise RequestError(
-                        f"{name} has token id {token}, expected ids from 0 to {vocab - 1}", param=name
-                    )
+        self.admission.check(prompt_token_ids, params, prompt_only=prompt_only)
 
     def add_request(
         self,
@@ -214,7 +198,8 @@ class Engine:
           max_tokens=1. Every embedding is such a request.
 
         Raises:
-          RequestError: it can never run, or its id is in use. QueueFullError: it cannot now; nothing of it stays.
+          RequestError: it can never run, or its id is in use. QueueFullError: it cannot now. RequestFailedError: a
+          fault in making it ready. Nothing of it stays then.
         """
         if self.scheduler.has(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another, or wait for its end")
@@ -225,14 +210,12 @@ class Engine:
             )
         prompt_only |= pooling is not None
         self.validate(prompt_token_ids, params, prompt_only=prompt_only)
+        check_salt(cache_salt)
+        priority = read_priority(priority)
         prompt = tuple(prompt_token_ids)
         arrival = time.monotonic() if arrival_time is None else arrival_time
-        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_ids)
-        if len(end_ids) > MAX_STOP_IDS:
-            raise RequestError(
-                f"{len(end_ids)} end tokens, at most {MAX_STOP_IDS} fit: use fewer stop_token_ids"
-            )
-        seed = self._seed(params)
+        ends = self.admission.end_tokens(params)
+        seed = self.admission.seed(params)
         private = "" if self.config.enable_prefix_caching else f"fork:{request_id}"
         leader: Request | None = None
         try:
@@ -243,7 +226,7 @@ class Engine:
                     params=params,
                     pooling=pooling,
                     prompt_only=prompt_only,
-                    seed=seed + index,
+                    seed=choice_seed(seed, index),
                     priority=priority,
                     arrival_time=arrival,
                     cache_salt=private or cache_salt,
@@ -252,22 +235,28 @@ class Engine:
                     and (pooling is None or pooling.pooling != "mean"),
                     index=index,
                     leader=leader,
-                    end_token_ids=end_ids,
+                    end_token_ids=ends.ids,
+                    banned_token_ids=ends.banned,
+                    stop_names=ends.names,
                     max_total_tokens=self.max_model_len
                     if params.max_tokens is None
                     else min(self.max_model_len + prompt_only, len(prompt) + params.max_tokens),
                 )
+                request.packed = slot_fields(request)
                 self.scheduler.add(request)
                 self._streams[request] = OutputStream.open(request, self.tokenizer)
                 leader = leader or request
-        except BaseException:
+        except BaseException as error:
             for request in self.scheduler.abort(request_id):
                 self._streams.pop(request, None)
-            raise
+            if isinstance(error, JinferError) or not isinstance(error, Exception):
+                raise
+            logger.exception("request %s could not be made ready", request_id)
+            raise RequestFailedError(
+                f"request {request_id!r} could not be made ready ({type(error).__name__}: {error}): this is a fault "
+                "of the engine, please report it"
+            ) from error
         self._counters.prompt_tokens += len(prompt)
-
-    def _seed(self, params: SamplingParams) -> int:
-        return self._seeds.getrandbits(63) if params.seed is None else params.seed
 
     def _is_cacheable(self, prompt_length: int, params: SamplingParams) -> bool:
         if not self.config.enable_prefix_caching and params.n == 1:

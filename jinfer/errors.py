@@ -1,6 +1,15 @@
 """What can be wrong with what a user gave. Every message says what was given, what was expected and what to do."""
 
 
+def shown(value: object, limit: int = 200) -> str:
+    """A refused value as a message quotes it: whatever it is, the text is made and stays short."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = f"a {type(value).__name__} with too many digits to show"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 class JinferError(Exception):
     """Base of every error that jinfer raises on purpose."""
 
@@ -31,6 +40,10 @@ class QueueFullError(RequestError):
 
 class ModelError(UserError):
     """A model folder or checkpoint that cannot be used; names the file, key or tensor at fault."""
+
+
+class RequestFailedError(JinferError, RuntimeError):
+    """A fault in the handling of one request, which ended it; the engine goes on with all others."""
 
 
 class EngineDeadError(JinferError, RuntimeError):

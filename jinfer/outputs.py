@@ -50,7 +50,12 @@ class OutputStream:
 
     def flush(self) -> str:
         """The text that was held back, once the request has ended."""
-        return self.detokenizer.flush(may_stop=self._may_stop)
+        text = self.detokenizer.flush(may_stop=self._may_stop)
+        request = self.request
+        named = request.stop_names.values() if request.params.include_stop_str_in_output else ()
+        if self.detokenizer.stopped_by is None and request.stop_reason in named:
+            text += str(request.stop_reason)  # the text of a special token is in no decoded text
+        return text
 
     @property
     def _may_stop(self) -> bool:

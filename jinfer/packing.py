@@ -47,6 +47,7 @@ FIELDS = (
     "ban_until",
 )
 NUM_FIELDS = len(FIELDS)
+PROMPT_LENGTH = FIELDS.index("prompt_length")
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,17 @@ def slot_fields(request: Request) -> np.ndarray:
     )
     seed = request.seed & 0xFFFF_FFFF_FFFF_FFFF
     row[8:10] = np.array([seed & 0xFFFF_FFFF, seed >> 32], np.uint32).view(np.int32)
-    row[10] = max(request.num_prompt_tokens, request.num_recomputed)
-    row[11] = request.num_prompt_tokens + p.min_tokens
+    row[PROMPT_LENGTH] = max(request.num_prompt_tokens, request.num_recomputed)
+    row[11] = min(request.num_prompt_tokens + p.min_tokens, np.iinfo(np.int32).max)
+    return row
+
+
+def _admitted_fields(request: Request) -> np.ndarray:
+    """`slot_fields` of a request as it stands; made anew only where it was not packed at its admission."""
+    if request.packed is None:
+        return slot_fields(request)
+    row = request.packed.copy()
+    row[PROMPT_LENGTH] = max(row[PROMPT_LENGTH], request.num_recomputed)
     return row
 
 
@@ -160,7 +170,7 @@ def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, ..
         table = view["admitted"].reshape(-1, NUM_FIELDS)
         for i, request in enumerate(batch.admitted):
             view["admitted_slot"][i] = request.slot
-            table[i] = slot_fields(request)
+            table[i] = _admitted_fields(request)
     view["head"][:] = (n, batch.num_decode_rows, batch.num_tokens, flags)
     return packed, spilled
 

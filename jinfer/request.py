@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,7 +73,12 @@ class Request:
     index: int = 0  # which of the n choices
     leader: Request | None = None  # a fork waits until its leader's prompt is computed, to share its pages
     end_token_ids: frozenset[int] = frozenset()  # EOS ids (unless ignore_eos) and stop_token_ids
+    banned_token_ids: frozenset[int] = (
+        frozenset()
+    )  # not sampled before min_tokens: the same, EOS always among them
+    stop_names: Mapping[int, str] = field(default_factory=dict)  # end tokens that a stop string named
     max_total_tokens: int = 0  # prompt + output may not exceed this
+    packed: np.ndarray | None = None  # int32[F]: its row of the slot table, see `packing.slot_fields`
 
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None

@@ -101,7 +101,7 @@ def slot_tables(request: Request, vocab_size: int) -> SlotTables:
     if params.logit_bias:
         n = len(params.logit_bias)
         bias_ids[:n], bias[:n] = list(params.logit_bias.keys()), list(params.logit_bias.values())
-    return SlotTables(history, bias_ids, bias, _padded(sorted(request.end_token_ids), vocab_size))
+    return SlotTables(history, bias_ids, bias, _padded(sorted(request.banned_token_ids), vocab_size))
 
 
 def _padded(ids: Sequence[int], filler: int) -> np.ndarray:

@@ -59,8 +59,8 @@ def test_what_is_stated_becomes_a_default(tmp_path, case):
     assert generation_defaults("auto", folder) == expected
     assert generation_defaults("vllm", folder) == {}
     assert generation_defaults(str(folder), tmp_path) == expected
-    assert generation_end_ids("auto", folder) == frozenset()  # the model's own are read with its config
-    assert generation_end_ids(str(folder), tmp_path) == frozenset(given.get("eos_token_id", []))
+    assert generation_end_ids("auto", folder, 304) == frozenset()  # the model's own are read with its config
+    assert generation_end_ids(str(folder), tmp_path, 304) == frozenset(given.get("eos_token_id", []))
 
 
 def test_a_model_without_the_file_states_nothing(tmp_path):
@@ -84,7 +84,7 @@ def test_files_at_fault_are_named(tmp_path):
     with pytest.raises(ModelError, match="cannot be read as JSON"):
         generation_defaults("auto", tmp_path)
     with pytest.raises(ModelError, match="eos_token_id is"):
-        generation_end_ids(str(write(tmp_path / "model", {"eos_token_id": "x"})), tmp_path)
+        generation_end_ids(str(write(tmp_path / "model", {"eos_token_id": "x"})), tmp_path, 304)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module of jinfer may import from its own floor and from those below it. Every part has a floor.
 FLOORS = [
-    {"config", "mesh", "errors", "text", "cli", "platform", "assets"},
+    {"config", "mesh", "errors", "token_ids", "text", "cli", "platform", "assets"},
     {"layers", "weights"},
     {"models", "sampling", "cache"},
     {"pooling", "defaults"},
     {"request"},
     {"schedule", "outputs", "kv_plan"},
-    {"packing", "slots", "step"},
+    {"packing", "slots", "step", "admission"},
     {"programs"},
     {"runner"},
     {"engine", "async_engine"},

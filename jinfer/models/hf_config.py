@@ -23,6 +23,7 @@ from jinfer.models.fields import Fields
 from jinfer.models.layer import LayerSpec
 from jinfer.models.rope_config import read_rotary
 from jinfer.models.text_part import read_text_part
+from jinfer.token_ids import read_token_ids
 from jinfer.weights.files import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -250,19 +251,9 @@ def common_config(
 
 
 def read_ids(fields: Fields, key: str, vocab: int) -> tuple[int, ...]:
-    """Token ids, each once. Those outside of the vocabulary never occur, so they are left out, with a warning."""
-    found = dict.fromkeys(fields.integers(key, low=-(2**63), high=2**63 - 1))
-    ids = tuple(i for i in found if 0 <= i < vocab)
-    if len(ids) < len(found):
-        left_out = ", ".join(str(i) for i in found if i not in ids)
-        logger.warning(
-            "%s: %s has %s, outside of the vocabulary of %d tokens: left out",
-            fields.where,
-            key,
-            left_out[:120],
-            vocab,
-        )
-    return ids
+    """Token ids, as `read_token_ids` reads them."""
+    fields.seen.add(key)
+    return read_token_ids(fields.values.get(key), vocab, fields.where, key)
 
 
 def read_window(fields: Fields, key: str = "sliding_window") -> int | None:

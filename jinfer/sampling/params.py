@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from jinfer.errors import RequestError
+from jinfer.errors import RequestError, shown
 
 MAX_LOGPROBS = 20  # top_logprobs per position, as in the OpenAI API
 MAX_LOGIT_BIAS = 1024  # entries of logit_bias per request: they live in a fixed table on device
@@ -16,11 +16,14 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_N = 64
 SEED_LIMIT = 2**63
+RANDOM_SEED = -1
+# Logits divided by it and then by the lowest temperature stay far below float32's largest number, 3.4e38.
+MIN_REPETITION_PENALTY = 1e-6
 
 
 def _check(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise RequestError(f"{name} is {value!r}, expected {expected}", param=name)
+        raise RequestError(f"{name} is {shown(value)}, expected {expected}", param=name)
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -28,7 +31,12 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,16 @@ class SamplingParams:
     min-p, draw. A draw depends only on (seed, position), so a seeded request repeats whatever runs beside it.
 
     temperature: 0 means greedy. top_k: 0 or -1 means all. top_p in (0, 1]. min_p in [0, 1].
-    seed: None means that the engine picks one. repetition_penalty > 0, over prompt and output tokens.
-    presence_penalty, frequency_penalty in [-2, 2], over output tokens. logit_bias: token id -> [-100, 100].
-    stop: strings that end the output. stop_token_ids: ids that end it, beside the model's own. min_tokens: no end
-    token before that many. max_tokens: None means as many as fit. logprobs: number of alternatives per output
-    token (0: only the chosen one's), None for none; likewise prompt_logprobs. They are of the raw distribution,
-    before penalties and temperature. n: how many outputs, as forks that share the prompt's pages.
+    seed: None or -1 means that the engine picks one, as vLLM and llama.cpp have it. repetition_penalty in [1e-6, 100],
+    over prompt and output tokens: less, and penalized logits would overflow. presence_penalty, frequency_penalty in
+    [-2, 2], over output tokens. logit_bias: token id -> [-100, 100].
+    stop: strings that end the output and are not in its text; one that is exactly a special token ("<|user|>") acts as
+    that token's id where special tokens are left out of the text, since no text could ever match it.
+    stop_token_ids: ids that end the output, beside the model's own. min_tokens: no end token is drawn before that many,
+    the model's own not even with ignore_eos. max_tokens: None means as many as fit. logprobs: number of alternatives
+    per output token (0: only the chosen one's), None for none; likewise prompt_logprobs. They are of the raw
+    distribution, before penalties and temperature. n: how many outputs, as forks that share the prompt's pages; the
+    first draws with `seed`, the others with hashes of it and their index, so neighbouring seeds share no output.
     """
 
     n: int = 1
@@ -95,7 +107,7 @@ class SamplingParams:
         number("min_p", 0.0, 1.0, "a number from 0 to 1")
         number("presence_penalty", -2.0, 2.0, "a number from -2 to 2")
         number("frequency_penalty", -2.0, 2.0, "a number from -2 to 2")
-        number("repetition_penalty", 0.0, 100.0, "a number above 0, at most 100", open_low=True)
+        number("repetition_penalty", MIN_REPETITION_PENALTY, 100.0, "a number from 1e-6 to 100")
         integer("n", 1, MAX_N)
         integer("top_k", -1, 2**31 - 1)
         integer("seed", -SEED_LIMIT, SEED_LIMIT - 1, optional=True)
@@ -142,6 +154,8 @@ class SamplingParams:
                 self.logit_bias,
                 f"at most {MAX_LOGIT_BIAS} entries, token id -> number from -100 to 100",
             )
+            # A copy: the caller may change its own while the request runs.
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     @property
     def greedy(self) -> bool:

@@ -392,7 +392,8 @@ class Scheduler:
                 self.running.sharing.register(entry)
             if token in request.end_token_ids:
                 is_stop_token = token in request.params.stop_token_ids
-                self._end(entry, FinishReason.STOP, token if is_stop_token else None)
+                reason = token if is_stop_token else request.stop_names.get(token)
+                self._end(entry, FinishReason.STOP, reason)
             elif known >= entry.limit:
                 self._end(entry, FinishReason.LENGTH, None)
         return appended

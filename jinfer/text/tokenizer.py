@@ -15,6 +15,7 @@ import tokenizers
 from jinfer.errors import ModelError, RequestError
 from jinfer.text.files import added_token, extra_special_tokens, is_changed_at_load, read_json, special_tokens
 from jinfer.text.pieces import Pieces
+from jinfer.token_ids import read_token_ids
 
 if TYPE_CHECKING:
     from jinfer.text.echo import Echo, TextOffsets
@@ -80,7 +81,7 @@ class Tokenizer:
         return cls(
             backend,
             named,
-            eos_ids=_generation_eos_ids(folder),
+            eos_ids=_generation_eos_ids(folder, backend),
             cleans_up_spaces=_cleans_up(backend, config),
         )
 
@@ -226,10 +227,10 @@ def _refuse_no_vocabulary(folder: Path, backend: tokenizers.Tokenizer) -> None:
         )
 
 
-def _generation_eos_ids(folder: Path) -> list[int]:
-    ids = read_json(folder / "generation_config.json").get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [ids]
-    return [i for i in ids if isinstance(i, int)]
+def _generation_eos_ids(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    file = folder / "generation_config.json"
+    size = max(backend.get_vocab_size(), max(backend.get_added_tokens_decoder(), default=-1) + 1)
+    return read_token_ids(read_json(file).get("eos_token_id"), size, str(file))
 
 
 def _cleans_up(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ BAD = {
     "seed": [2**63, -(2**63) - 1, 1.0, "7"],
     "presence_penalty": [-2.01, 2.01, math.nan],
     "frequency_penalty": [-2.01, 2.01, math.inf],
-    "repetition_penalty": [0.0, -1.0, 101.0, math.nan],
+    "repetition_penalty": [0.0, -1.0, 101.0, math.nan, 1e-39, 9e-7],
     "logit_bias": [{-1: 1.0}, {1: 101.0}, {1: -100.5}, {1: math.nan}, {"1": 1.0}, {1.0: 1.0}, [1]],
     "stop": [("",), ("a",) * 17, ("a" * 1025,), (b"a",), 7],
     "stop_token_ids": [(-1,), tuple(range(33)), (1.0,), (True,), 7],
@@ -30,8 +30,25 @@ BAD = {
 }
 
 
+NUMERIC = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
+NUMERIC += ("repetition_penalty", "min_tokens", "max_tokens", "logprobs", "prompt_logprobs")
+HUGE = (10**400, -(10**400), 10**5000)  # beyond floats; more digits than Python prints
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+    ("name", "value"),
+    [
+        *((name, value) for name, values in BAD.items() for value in values),
+        *((name, value) for name in NUMERIC for value in HUGE),
+        *(("logit_bias", {5: value}) for value in HUGE),
+        ("logit_bias", {5: 1.0, -(10**5000): 1.0}),
+        ("stop_token_ids", (5, -(10**5000))),
+        *(
+            (name, 10**5000)
+            for name in ("stop", "ignore_eos", "skip_special_tokens", "stop_token_ids", "logit_bias")
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "",
 )
 def test_a_bad_value_is_refused_by_name(name, value):
     with pytest.raises(RequestError) as caught:
@@ -39,6 +56,14 @@ def test_a_bad_value_is_refused_by_name(name, value):
     assert caught.value.param == name
     assert str(caught.value).startswith(name)
     assert "expected" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_the_caller_may_change_its_bias_table_afterwards():
+    bias = {5: 1.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[-7] = 10.0**30
+    assert params.logit_bias == {5: 1.0}
 
 
 def test_too_large_a_bias_table_is_refused():

@@ -117,7 +117,7 @@ def rows_of(requests: Sequence[Request], position: int) -> Rows:
 
 def request(params: SamplingParams, seed: int = 0, output: Sequence[int] = OUTPUT) -> Request:
     return Request(
-        "r", PROMPT, params, seed=seed, output_token_ids=list(output), end_token_ids=frozenset(ENDS)
+        "r", PROMPT, params, seed=seed, output_token_ids=list(output), banned_token_ids=frozenset(ENDS)
     )
 
 
