@@ -92,8 +92,9 @@ class Admission:
 
     def seed(self, params: SamplingParams) -> int:
         """The seed of a request's first choice."""
-        is_open = params.seed is None or params.seed == RANDOM_SEED
-        return self._seeds.getrandbits(63) if is_open else params.seed
+        if params.seed is None or params.seed == RANDOM_SEED:
+            return self._seeds.getrandbits(63)
+        return params.seed
 
 
 def choice_seed(seed: int, index: int) -> int:

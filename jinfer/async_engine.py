@@ -19,12 +19,13 @@ import numpy as np
 
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_defaults
-from jinfer.engine import Engine, EngineStats
+from jinfer.engine import Engine
 from jinfer.errors import EngineDeadError, JinferError, RequestError
 from jinfer.models.decoder import Params
 from jinfer.pooling import EMBED, OwnPooling, PoolingParams
 from jinfer.request import OutputDelta
 from jinfer.sampling.params import SamplingParams
+from jinfer.stats import EngineStats
 from jinfer.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)

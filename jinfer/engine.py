@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from jinfer.admission import Admission, check_salt, choice_seed, read_priority
 from jinfer.config import EngineConfig
@@ -29,57 +28,10 @@ from jinfer.request import FinishReason, OutputDelta, Request
 from jinfer.runner import Runner, StepHandle, token_logprobs
 from jinfer.sampling.params import SamplingParams
 from jinfer.schedule.scheduler import Scheduler
+from jinfer.stats import Counters, EngineStats, KVGroupStats
 from jinfer.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class KVGroupStats:
-    """One page group: its layers' window (None: full attention), its pool's bytes, and the share of it in use."""
-
-    window: int | None
-    num_layers: int
-    num_bytes: int
-    usage: float
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot; counters grow from the engine's start. kv_cache_usage is a share of 1 (of the fullest page group),
-    tokens are counts."""
-
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    prompt_tokens: int
-    generation_tokens: int
-    num_preemptions: int
-    recompiles: int
-    num_requests_finished: dict[str, int]
-    steps: int
-    # Wall time of schedule, pack, dispatch, commit, detokenize; not waiting for the device.
-    host_seconds: float
-    # CPU time of the same: on a CPU backend the device's threads take the cores from under the wall time.
-    host_cpu_seconds: float
-    wait_seconds: float  # waiting for the device's tokens
-    kv_waste: float  # share of the allocated KV room that held no token, over all steps
-    kv_groups: tuple[KVGroupStats, ...]
-    # KV bytes that a sequence of max_model_len tokens holds, as a share of what it held without windows.
-    kv_fraction: float
-
-
-@dataclass
-class _Counters:
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    steps: int = 0
-    host_seconds: float = 0.0
-    host_cpu_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    finished: dict[str, int] = field(default_factory=lambda: {r.value: 0 for r in FinishReason})
 
 
 class Engine:
@@ -120,7 +72,8 @@ class Engine:
         self._streams: dict[Request, OutputStream] = {}
         self._pending: StepHandle | None = None
         self._ended: list[OutputDelta] = []  # ends that no step caused: told by the next step
-        self._counters = _Counters()
+        self._counters = Counters()
+        self._cache_config = self._describe_cache()
         loaded = time.monotonic()
         seconds = self.runner.warmup() if config.warmup else 0.0
         logger.info("loaded in %.1f s, compiled in %.1f s", loaded - started, seconds)
@@ -149,12 +102,15 @@ class Engine:
             kv_cache_usage=s.kv_usage,
             prefix_cache_queries=s.prefix_queries,
             prefix_cache_hits=s.prefix_hits,
-            prompt_tokens=c.prompt_tokens,
+            prompt_tokens=s.prompt_tokens,
+            prompt_tokens_cached=s.prompt_tokens_cached,
             generation_tokens=c.generation_tokens,
             num_preemptions=s.preemptions,
             recompiles=self.runner.recompiles,
             num_requests_finished=dict(c.finished),
+            num_not_finite=c.not_finite,
             steps=c.steps,
+            step_tokens=c.step_tokens,
             host_seconds=c.host_seconds,
             host_cpu_seconds=c.host_cpu_seconds,
             wait_seconds=c.wait_seconds,
@@ -169,7 +125,25 @@ class Engine:
                 for plan, group in zip(self.kv_plan.groups, s.groups, strict=True)
             ),
             kv_fraction=self.kv_plan.fraction,
+            cache_config=self._cache_config,
         )
+
+    def _describe_cache(self) -> dict[str, str]:
+        plan, config = self.kv_plan, self.config
+        windows = [group.kind.window for group in plan.groups if group.kind.window is not None]
+        facts = {
+            "block_size": plan.page_size,
+            "num_gpu_blocks": max(group.pages for group in plan.groups)
+            - 1,  # one takes the writes of padding
+            "num_gpu_blocks_override": config.num_gpu_blocks_override,
+            "cache_dtype": str(self.runner.cache_dtype),
+            "kv_cache_memory_bytes": plan.num_bytes,
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "sliding_window": min(windows, default=None),
+            "max_model_len": plan.max_model_len,
+        }
+        return {name: str(value) for name, value in facts.items()}
 
     # Requests
 
@@ -256,7 +230,6 @@ class Engine:
                 f"request {request_id!r} could not be made ready ({type(error).__name__}: {error}): this is a fault "
                 "of the engine, please report it"
             ) from error
-        self._counters.prompt_tokens += len(prompt)
 
     def _is_cacheable(self, prompt_length: int, params: SamplingParams) -> bool:
         if not self.config.enable_prefix_caching and params.n == 1:
@@ -332,7 +305,8 @@ class Engine:
             waited = time.perf_counter() - wait
             self._commit(ready, tokens, deltas)
         counters = self._counters
-        counters.steps += batch is not None
+        if batch is not None:
+            counters.count_step(batch.num_tokens)
         counters.wait_seconds += waited
         counters.host_seconds += time.perf_counter() - begin - waited
         counters.host_cpu_seconds += time.thread_time() - begin_cpu

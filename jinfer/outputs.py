@@ -72,6 +72,7 @@ class OutputStream:
             logprobs,
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached,
+            num_preemptions=request.num_preemptions,
         )
         if not self.told_prompt:
             delta.prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None

@@ -42,12 +42,36 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class RequestTimings:
-    """time.monotonic() seconds; None where the request did not get that far."""
+    """time.monotonic() seconds; None where the request did not get that far.
+
+    queue, prefill, decode and inference are the spans between them: to the first step, from there to the first token,
+    from there to the end, and from the first step to the end.
+    """
 
     arrival: float
     scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
+
+    @property
+    def queue(self) -> float | None:
+        return _span(self.arrival, self.scheduled)
+
+    @property
+    def prefill(self) -> float | None:
+        return _span(self.scheduled, self.first_token)
+
+    @property
+    def decode(self) -> float | None:
+        return _span(self.first_token, self.finished)
+
+    @property
+    def inference(self) -> float | None:
+        return _span(self.scheduled, self.finished)
+
+
+def _span(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +174,7 @@ class OutputDelta:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     timings: RequestTimings | None = None  # on the last delta
+    num_preemptions: int = 0  # times it was put back into the queue until now
     error: str | None = None  # with FinishReason.ERROR
 
 

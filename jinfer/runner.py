@@ -83,6 +83,11 @@ class Runner:
 
     # Memory
 
+    @property
+    def cache_dtype(self) -> Any:
+        """The type of the KV pages' numbers."""
+        return jax.tree.leaves(self.kv)[0].dtype
+
     def _zeros(self, abstract: Any) -> Any:
         shardings = jax.tree.map(lambda s: s.sharding, abstract)
         make = jax.jit(

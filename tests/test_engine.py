@@ -103,7 +103,10 @@ def test_a_mixed_random_load_with_aborts_compiles_nothing_and_leaves_nothing(eng
     assert ended == len(outputs) == sum(params.n for _, params in asked.values())
     generated = after.generation_tokens - before.generation_tokens
     assert generated == sum(len(output.token_ids) for output in outputs.values())
-    assert after.prompt_tokens - before.prompt_tokens == sum(len(prompt) for prompt, _ in asked.values())
+    processed = after.prompt_tokens - before.prompt_tokens
+    ended_well = {name for (name, _), output in outputs.items() if output.finish_reason != "abort"}
+    assert processed >= sum(len(asked[name][0]) for name in ended_well)
+    assert processed <= sum(len(prompt) for prompt, _ in asked.values())
     assert after.prefix_cache_hits > before.prefix_cache_hits
 
 

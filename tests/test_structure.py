@@ -12,7 +12,7 @@ FLOORS = [
     {"models", "sampling", "cache"},
     {"pooling", "defaults"},
     {"request"},
-    {"schedule", "outputs", "kv_plan"},
+    {"schedule", "outputs", "kv_plan", "stats"},
     {"packing", "slots", "step", "admission"},
     {"programs"},
     {"runner"},
@@ -21,7 +21,18 @@ FLOORS = [
     {"serve", "__init__"},
 ]
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
-HOST_ONLY = {"cache", "schedule", "request", "outputs", "config", "cli", "text", "pooling", "defaults"}
+HOST_ONLY = {
+    "cache",
+    "schedule",
+    "request",
+    "outputs",
+    "config",
+    "cli",
+    "text",
+    "pooling",
+    "defaults",
+    "stats",
+}
 
 
 def imports(file: Path) -> list[str]:

@@ -55,6 +55,9 @@ class Entry:
     num_found: int = 0  # pages found in every group at its admission
     num_full_found: int = 0  # the same, had no window been too short
     keys: list[bytes] = field(default_factory=list)  # of its first full pages, as far as they were needed
+    num_prefilled: int = (
+        0  # prompt tokens that have been counted as processed, each once whatever is computed anew
+    )
     prefill_end: int = 0  # the tokens [num_computed, prefill_end) are known and not computed: prompt chunks
     to_sample: int = 0  # tokens that steps may still sample before `limit`; those in flight are taken off
     register_at: int = NEVER  # the next page becomes findable when this many tokens are computed and known

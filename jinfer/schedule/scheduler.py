@@ -62,9 +62,10 @@ class Scheduler:
     recompute_beyond: a sequence that grows beyond so many tokens is computed anew, since the KV of all its tokens is
     then another, and shares no pages from then on.
 
-    Counters: prefix_queries and prefix_hits (prompt tokens looked up and found, once per request),
-    preemptions, allocated_tokens and used_tokens (summed over steps and layers: room in the pages in use, and how
-    much of it holds KV).
+    Counters: prefix_queries and prefix_hits (prompt tokens looked up and found, once per request), prompt_tokens and
+    prompt_tokens_cached (those computed or found, and those found, once however many choices share them), preemptions,
+    allocated_tokens and used_tokens (summed over steps and layers: room in the pages in use, and how much of it holds
+    KV).
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class Scheduler:
 
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.prompt_tokens = 0
+        self.prompt_tokens_cached = 0
         self.preemptions = 0
         self.allocated_tokens = 0
         self.used_tokens = 0
@@ -326,6 +329,10 @@ class Scheduler:
         end = start + count
         self.running.take_promised(entry, start, end)
         self.running.slack -= count
+        if entry.num_prefilled < request.num_prompt_tokens and request.index == 0:
+            processed = max(min(end, request.num_prompt_tokens), entry.num_prefilled)
+            self.prompt_tokens += processed - entry.num_prefilled
+            entry.num_prefilled = processed
         samples = end == entry.prefill_end
         new_pages: Sequence[Sequence[int]] = ()
         if new_page_start < entry.page_end:
@@ -342,6 +349,8 @@ class Scheduler:
         if request.scheduled_time is None:
             request.scheduled_time = time.monotonic()
             request.num_cached = request.num_computed
+            if request.index == 0:
+                self.prompt_tokens_cached += request.num_cached
             if self.running.sharing.looks_up(request):
                 self.prefix_queries += request.num_prompt_tokens
                 self.prefix_hits += request.num_cached

@@ -175,9 +175,13 @@ class FakeAsyncEngine:
             prefix_cache_queries=100,
             prefix_cache_hits=40,
             prompt_tokens=1234,
+            prompt_tokens_cached=321,
             generation_tokens=567,
             num_preemptions=2,
             recompiles=0,
+            num_not_finite=1,
+            step_tokens=SimpleNamespace(buckets=(1, 8), counts=(5, 2, 1), total=35),
+            cache_config={"block_size": "8", "num_gpu_blocks": "64"},
             num_requests_finished=dict(self.finished),
             kv_fraction=0.5,
             kv_groups=(

@@ -1,0 +1,92 @@
+"""What an engine counts, and the snapshots of it that others read."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+from jinfer.request import FinishReason
+
+# Upper bounds of the buckets in which steps are counted by their tokens; one more bucket takes what is above.
+STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """Steps by the tokens they computed, of prompts and of outputs together.
+
+    counts[i]: steps with more than buckets[i - 1] and at most buckets[i] tokens; the last: with more than all of them.
+    total: tokens of all steps.
+    """
+
+    buckets: tuple[int, ...]
+    counts: tuple[int, ...]
+    total: int
+
+
+@dataclass(frozen=True)
+class KVGroupStats:
+    """One page group: its layers' window (None: full attention), its pool's bytes, and the share of it in use."""
+
+    window: int | None
+    num_layers: int
+    num_bytes: int
+    usage: float
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot; counters grow from the engine's start. kv_cache_usage is a share of 1 (of the fullest page group),
+    tokens are counts."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    # Prompt tokens that steps have computed or the prefix cache had, each once however many choices share them.
+    prompt_tokens: int
+    prompt_tokens_cached: int  # those of them that the prefix cache had
+    generation_tokens: int
+    num_preemptions: int
+    recompiles: int
+    num_requests_finished: dict[str, int]
+    num_not_finite: int  # choices that ended with an error because their logits or vectors were not finite
+    steps: int
+    step_tokens: StepTokens
+    # Wall time of schedule, pack, dispatch, commit, detokenize; not waiting for the device.
+    host_seconds: float
+    # CPU time of the same: on a CPU backend the device's threads take the cores from under the wall time.
+    host_cpu_seconds: float
+    wait_seconds: float  # waiting for the device's tokens
+    kv_waste: float  # share of the allocated KV room that held no token, over all steps
+    kv_groups: tuple[KVGroupStats, ...]
+    # KV bytes that a sequence of max_model_len tokens holds, as a share of what it held without windows.
+    kv_fraction: float
+    # What never changes, as text: block_size, num_gpu_blocks, cache_dtype, enable_prefix_caching and so on.
+    cache_config: dict[str, str]
+
+
+@dataclass
+class Counters:
+    """What the engine itself counts; the scheduler and the runner keep their own."""
+
+    generation_tokens: int = 0
+    not_finite: int = 0
+    steps: int = 0
+    host_seconds: float = 0.0
+    host_cpu_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    finished: dict[str, int] = field(default_factory=lambda: {r.value: 0 for r in FinishReason})
+    step_counts: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKEN_BUCKETS) + 1))
+    step_total: int = 0
+
+    def count_step(self, num_tokens: int) -> None:
+        """One more step was dispatched, of so many tokens."""
+        self.steps += 1
+        self.step_counts[bisect_left(STEP_TOKEN_BUCKETS, num_tokens)] += 1
+        self.step_total += num_tokens
+
+    @property
+    def step_tokens(self) -> StepTokens:
+        return StepTokens(STEP_TOKEN_BUCKETS, tuple(self.step_counts), self.step_total)
