@@ -20,7 +20,7 @@ import numpy as np
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine
-from jinfer.errors import EngineDeadError, JinferError, RequestError
+from jinfer.errors import EngineDeadError, JinferError, RequestError, RequestFailedError
 from jinfer.models.decoder import Params
 from jinfer.pooling import EMBED, OwnPooling, PoolingParams
 from jinfer.request import OutputDelta
@@ -241,6 +241,8 @@ class AsyncEngine:
             cache_salt=cache_salt,
         )
         async for delta in stream:
+            if delta.error is not None:
+                raise RequestFailedError(delta.error)
             if delta.embedding is not None:
                 return delta.embedding
         raise RequestError(f"request {request_id!r} was aborted before its embedding was there")

@@ -14,6 +14,8 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from jinfer.admission import Admission, check_salt, choice_seed, read_priority
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_end_ids
@@ -24,14 +26,20 @@ from jinfer.outputs import OutputStream
 from jinfer.packing import slot_fields
 from jinfer.platform import prepare_platform
 from jinfer.pooling import PoolingParams
-from jinfer.request import FinishReason, OutputDelta, Request
+from jinfer.request import FinishReason, OutputDelta, Request, RequestFault
 from jinfer.runner import Runner, StepHandle, token_logprobs
 from jinfer.sampling.params import SamplingParams
+from jinfer.schedule.batch import Batch, BatchRow
 from jinfer.schedule.scheduler import Scheduler
 from jinfer.stats import Counters, EngineStats, KVGroupStats
 from jinfer.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)
+
+NOT_FINITE_MESSAGE = (
+    "the model's output is not finite (NaN or infinity): its weights are damaged, or a value has overflowed the compute "
+    "type; check the checkpoint, or start with --dtype float32"
+)
 
 
 class Engine:
@@ -257,7 +265,8 @@ class Engine:
 
     def _fail(self, request: Request, message: str) -> None:
         stream = self._streams.pop(request)
-        self.scheduler.finish(request, FinishReason.ERROR)
+        stream.error = message
+        self.scheduler.fail(request)
         delta = stream.delta([], "", None)
         delta.finish_reason, delta.error = FinishReason.ERROR, message
         self._counters.finished[FinishReason.ERROR.value] += 1
@@ -294,26 +303,48 @@ class Engine:
     def _step(self) -> list[OutputDelta]:
         begin, begin_cpu = time.perf_counter(), time.thread_time()
         waited = 0.0
-        batch = self.scheduler.schedule()
-        dispatched = self.runner.dispatch(batch) if batch is not None else None
+        dispatched = self._dispatch(self.scheduler.schedule())
         ready = self._pending if self.config.async_scheduling else dispatched
         self._pending = dispatched if self.config.async_scheduling else None
-        deltas, self._ended = self._ended, []
+        deltas: list[OutputDelta] = []
         if ready is not None:
             wait = time.perf_counter()
             tokens = ready.tokens()
             waited = time.perf_counter() - wait
             self._commit(ready, tokens, deltas)
         counters = self._counters
-        if batch is not None:
-            counters.count_step(batch.num_tokens)
+        if dispatched is not None:
+            counters.count_step(dispatched.batch.num_tokens)
         counters.wait_seconds += waited
         counters.host_seconds += time.perf_counter() - begin - waited
         counters.host_cpu_seconds += time.thread_time() - begin_cpu
+        deltas, self._ended = self._ended + deltas, []
         return deltas
+
+    def _dispatch(self, batch: Batch | None) -> StepHandle | None:
+        """Starts a step. A request whose own data are at fault ends, and the others go on without it."""
+        faults, self.scheduler.faults = self.scheduler.faults, []
+        for request, error in faults:
+            self._blame(request, error)
+        while batch is not None:
+            try:
+                return self.runner.dispatch(batch)
+            except RequestFault as fault:
+                self._blame(fault.request, fault.error)
+                batch = batch.without(fault.request)
+        return None
+
+    def _blame(self, request: Request, error: Exception) -> None:
+        logger.error("request %s: its step could not be made", request.request_id, exc_info=error)
+        self._fail(request, f"making the request's step failed: {type(error).__name__}: {error}")
 
     def _commit(self, handle: StepHandle, tokens: list[int], deltas: list[OutputDelta]) -> None:
         rows = handle.batch.rows
+        if min(tokens) < 0:
+            # A vector may be well where the head that nobody asked is not: it is looked at by itself.
+            self._end_not_finite(
+                row for row, token in zip(rows, tokens) if token < 0 and row.request.pooling is None
+            )
         table, index_of = None, {}
         asking = [row for row in rows if row.request.wants_more]
         if asking:
@@ -324,6 +355,12 @@ class Engine:
             if any(row.request.params.logprobs is not None for row in asking):
                 table = handle.logprobs()
                 index_of = {id(row): i for i, row in enumerate(rows)}
+                chosen = np.isnan(table.chosen[: len(rows)])
+                self._end_not_finite(
+                    row
+                    for row, is_nan in zip(rows, chosen)
+                    if is_nan and row.request.params.logprobs is not None
+                )
         appended = self.scheduler.commit(handle.batch, tokens)
         self._counters.generation_tokens += len(appended)
         for row, token in appended:
@@ -360,8 +397,18 @@ class Engine:
             stream.error = f"detokenizing token {token} failed: {type(error).__name__}: {error}"
             return ""
 
+    def _end_not_finite(self, rows: Iterable[BatchRow]) -> None:
+        """Ends the requests of rows whose logits or vectors are not finite, or makes their pages unfindable if they
+        have ended since."""
+        for request in [row.request for row in rows]:
+            if request in self._streams:
+                self._counters.not_finite += 1
+                self._fail(request, NOT_FINITE_MESSAGE)
+            else:
+                self.scheduler.fail(request)
+
     def _keep_prompt_logprobs(self, handle: StepHandle) -> None:
-        table, at = None, 0
+        table, at, faulty = None, 0, []
         for row in handle.batch.rows:
             stream = self._streams.get(row.request)
             start, count = row.start, row.count
@@ -370,19 +417,26 @@ class Engine:
                 assert table is not None
                 assert row.request.params.prompt_logprobs is not None
                 prompt = row.request.prompt_token_ids
-                for i in range(min(count, len(prompt) - 1 - start)):
+                count = min(count, len(prompt) - 1 - start)
+                if np.isnan(table.chosen[at : at + count]).any():
+                    faulty.append(row)
+                for i in range(count):
                     stream.prompt_logprobs[start + i + 1] = token_logprobs(
                         table, at + i, prompt[start + i + 1], row.request.params.prompt_logprobs
                     )
-            at += count
+            at += row.count
+        self._end_not_finite(faulty)
 
     def _keep_pooled(self, handle: StepHandle) -> None:
-        table = handle.pooled()
+        table, faulty = handle.pooled(), []
         assert table is not None
         for index, row in enumerate(handle.batch.rows):
             stream = self._streams.get(row.request)
             if stream is not None and stream.pool is not None:
                 stream.pool.add(table, index, row.start)
+                if not stream.pool.is_finite:
+                    faulty.append(row)
+        self._end_not_finite(faulty)
 
     def drain(self) -> Iterable[OutputDelta]:
         """Runs until nothing is left; yields deltas."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine
-from jinfer.errors import RequestError
+from jinfer.errors import RequestError, RequestFailedError
 from jinfer.models.decoder import Params
 from jinfer.pooling import EMBED, OwnPooling, PoolingParams
 from jinfer.prompts import Prompt, read_prompts
@@ -173,6 +173,8 @@ class LLM:
             wholes, starts = [whole for whole, _ in pairs], [start for _, start in pairs]
         params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)] * len(wholes)
         results = self._run(wholes, [None] * len(wholes), params, prompt_only=True, use_tqdm=use_tqdm)
+        for result in results:
+            result.check()
         return [score_of(result.output(), start) for result, start in zip(results, starts, strict=True)]
 
     def encode(self, text: str) -> list[int]:
@@ -304,14 +306,22 @@ class _Result:
         if delta.finish_reason is None:
             return False
         choice.finish_reason, choice.stop_reason = delta.finish_reason.value, delta.stop_reason
-        choice.timings = delta.timings
+        choice.timings, choice.error = delta.timings, delta.error
         choice.text = "".join(self.texts[delta.index])
         self.open -= 1
         return self.open == 0
 
     def embedded(self) -> EmbeddingOutput:
+        self.check()
         assert self.embedding is not None
         return EmbeddingOutput(self.prompt, self.prompt_token_ids, self.embedding, self.num_cached)
+
+    def check(self) -> None:
+        """Raises RequestFailedError if a choice ended with an error."""
+        for choice in self.choices:
+            if choice.error is not None:
+                tokens = len(self.prompt_token_ids)
+                raise RequestFailedError(f"the prompt of {tokens} tokens failed: {choice.error}")
 
     def output(self) -> RequestOutput:
         return RequestOutput(

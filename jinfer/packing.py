@@ -23,9 +23,9 @@ from functools import cached_property
 
 import numpy as np
 
-from jinfer.request import Request
+from jinfer.request import Request, RequestFault
 from jinfer.sampling import features
-from jinfer.schedule.batch import Batch
+from jinfer.schedule.batch import Batch, BatchRow
 
 NUM_LIVE, NUM_DECODE, NUM_TOKENS, FLAGS = range(4)
 FLAG_PROMPT_LOGPROBS = 1
@@ -131,7 +131,11 @@ def _admitted_fields(request: Request) -> np.ndarray:
 
 
 def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, ...]]]:
-    """The packed array, and the page-table entries (slot, index, a page per group) that did not fit into it."""
+    """The packed array, and the page-table entries (slot, index, a page per group) that did not fit into it.
+
+    Raises:
+      RequestFault: a request's own data cannot be packed.
+    """
     packed = np.zeros(shape.size, np.int32)
     view = {name: packed[a:b] for name, (a, b) in shape.sections.items()}
     rows = batch.rows
@@ -170,7 +174,10 @@ def pack(batch: Batch, shape: StepShape) -> tuple[np.ndarray, list[tuple[int, ..
         table = view["admitted"].reshape(-1, NUM_FIELDS)
         for i, request in enumerate(batch.admitted):
             view["admitted_slot"][i] = request.slot
-            table[i] = _admitted_fields(request)
+            try:
+                table[i] = _admitted_fields(request)
+            except Exception as error:
+                raise RequestFault(request, error) from error
     view["head"][:] = (n, batch.num_decode_rows, batch.num_tokens, flags)
     return packed, spilled
 
@@ -180,17 +187,25 @@ def _pack_tokens(batch: Batch, view: dict[str, np.ndarray]) -> int:
     at, flags = 0, 0
     tokens, targets = view["tokens"], view["targets"]
     for row in batch.rows:
-        stop = row.start + row.count
-        request = row.request
         if row.from_slot:
             tokens[at] = -1
         else:
-            tokens[at : at + row.count] = request.token_slice(row.start, stop)
-            if request.pooling is not None:
-                flags |= FLAG_POOLED
-            if request.params.prompt_logprobs is not None and row.start < request.num_prompt_tokens:
-                flags |= FLAG_PROMPT_LOGPROBS
-                following = request.prompt_token_ids[row.start + 1 : stop + 1]
-                targets[at : at + len(following)] = following
+            section = slice(at, at + row.count)
+            try:
+                flags |= _pack_chunk(row, tokens[section], targets[section])
+            except Exception as error:
+                raise RequestFault(row.request, error) from error
         at += row.count
+    return flags
+
+
+def _pack_chunk(row: BatchRow, tokens: np.ndarray, targets: np.ndarray) -> int:
+    request, stop, flags = row.request, row.start + row.count, 0
+    tokens[:] = request.token_slice(row.start, stop)
+    if request.pooling is not None:
+        flags |= FLAG_POOLED
+    if request.params.prompt_logprobs is not None and row.start < request.num_prompt_tokens:
+        flags |= FLAG_PROMPT_LOGPROBS
+        following = request.prompt_token_ids[row.start + 1 : stop + 1]
+        targets[: len(following)] = following
     return flags

@@ -73,6 +73,11 @@ class Pool:
         else:
             self._total = self._total + table.total[row]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all numbers so far are."""
+        return self._total is None or bool(np.isfinite(self._total).all())
+
     def vector(self, num_tokens: int) -> np.ndarray:
         """float32[E], once all `num_tokens` of the prompt have been added."""
         assert self._total is not None

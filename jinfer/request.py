@@ -157,6 +157,14 @@ class Request:
         return RequestTimings(self.arrival_time, self.scheduled_time, self.first_token_time, self.finish_time)
 
 
+class RequestFault(Exception):
+    """A fault in one request's own data, met while its part of a step was made. It ends that request alone."""
+
+    def __init__(self, request: Request, error: Exception) -> None:
+        super().__init__(f"request {request.request_id}: {type(error).__name__}: {error}")
+        self.request, self.error = request, error
+
+
 @dataclass(slots=True)
 class OutputDelta:
     """What one engine step added to one choice of a request. The last delta carries `finish_reason`."""
@@ -189,6 +197,7 @@ class Completion:
     finish_reason: str | None
     stop_reason: int | str | None
     timings: RequestTimings | None
+    error: str | None = None  # what went wrong, with finish_reason "error"
 
 
 @dataclass

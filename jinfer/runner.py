@@ -24,7 +24,7 @@ from jinfer.models.decoder import Params
 from jinfer.models.loading import LoadedModel, targets
 from jinfer.packing import StepShape, pack
 from jinfer.programs import StepPrograms
-from jinfer.request import TokenLogprobs
+from jinfer.request import RequestFault, TokenLogprobs
 from jinfer.sampling.features import needs_tables
 from jinfer.sampling.sample import Logprobs
 from jinfer.schedule.batch import Batch
@@ -125,7 +125,11 @@ class Runner:
     # Running
 
     def dispatch(self, batch: Batch) -> StepHandle:
-        """Starts one step and the copy of its tokens to the host; returns at once."""
+        """Starts one step and the copy of its tokens to the host; returns at once.
+
+        Raises:
+          RequestFault: a request's data cannot be packed. Nothing has been started then.
+        """
         shape = self.programs.shape_for(batch.decode_only, len(batch.rows), batch.num_tokens)
         for request in batch.admitted:
             if needs_tables(request.params):
@@ -140,7 +144,10 @@ class Runner:
         return StepHandle(batch, output)
 
     def _upload_tables(self, request: Any) -> None:
-        tables = slot_tables(request, self.spec.config.vocab_size)
+        try:
+            tables = slot_tables(request, self.spec.config.vocab_size)
+        except Exception as error:
+            raise RequestFault(request, error) from error
         values = (tables.history, tables.bias_ids, tables.bias, tables.end_ids)
         self.slots = self._load_tables(self.slots, np.int32(request.slot), values)
 

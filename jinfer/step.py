@@ -55,7 +55,9 @@ class Pooled(NamedTuple):
 class StepOutput(NamedTuple):
     """What the host reads back. `prompt` and `pooled` are None in decode-only steps, zeros where nobody asked."""
 
-    tokens: Int[Array, "R"]
+    tokens: Int[
+        Array, "R"
+    ]  # NOT_FINITE in rows whose logits are not finite, also in those that yield no token
     logprobs: Logprobs
     prompt: Logprobs | None = None  # [T]
     pooled: Pooled | None = None
@@ -221,10 +223,11 @@ def _sample(
     )
     # Rows that yield nothing write to the trash slot.
     target = jnp.where(yields, slots, shape.trash_slot)
+    real = jnp.maximum(tokens, 0)  # a row without a token ends when the host reads that
     state = replace(
         state,
-        last_token=state.last_token.at[target].set(tokens, mode="drop"),
-        history=state.history.at[target, tokens].add(2, mode="drop"),
+        last_token=state.last_token.at[target].set(real, mode="drop"),
+        history=state.history.at[target, real].add(2, mode="drop"),
     )
     return state, StepOutput(tokens, logprobs)
 

@@ -61,6 +61,13 @@ class PrefixCache:
             self._pages[key] = page
             self._keys[page] = key
 
+    def forget(self, key: bytes) -> None:
+        """Makes the page with this key, if there is one, unfindable. If it is in use, it stays with its users."""
+        page = self._pages.pop(key, None)
+        if page is not None:
+            del self._keys[page]
+            self._pool.forget(page)
+
     def reset(self) -> None:
         """Forgets every page. Those in use stay with their users and are freed after them."""
         # Reversed: insertion order has parents first, and the free stack then hands out low ids first again.

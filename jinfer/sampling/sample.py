@@ -30,6 +30,7 @@ ARGMAX_BLOCK = 256
 NEVER = np.float32(-np.inf)  # numpy: a jax array here would start the backend on import
 BELOW_ONE = np.float32(1 - 2**-24)
 LOWEST_TEMPERATURE = 1e-9  # here all but ties with the most likely token have vanished
+NOT_FINITE = -1  # stands for the token of a row whose logits are not finite numbers
 
 
 class RowParams(NamedTuple):
@@ -130,16 +131,18 @@ def _parts(values: Float[Array, "R V"]) -> Float[Array, "R P W"]:
     return padded.reshape(rows, -1, ARGMAX_BLOCK)
 
 
-def largest(values: Float[Array, "R V"]) -> Int[Array, "R"]:
-    """argmax of each row, the first of equals.
+def largest(values: Float[Array, "R V"]) -> tuple[Int[Array, "R"], Float[Array, "R"]]:
+    """argmax of each row, the first of equals, and the maximum; that is NaN if any of the row's values is.
 
     By parts: XLA's CPU backend reduces to a maximum with vectors, but to a maximum and its index number by number.
     Measured with 32 rows of 32,000: 0.3 ms in place of 2.3.
     """
     parts = _parts(values)
-    part = jnp.argmax(jnp.max(parts, axis=2), axis=1)
+    peaks = jnp.max(parts, axis=2)
+    part = jnp.argmax(peaks, axis=1)
     inside = jnp.take_along_axis(parts, part[:, None, None], axis=1)[:, 0]
-    return (part * parts.shape[2] + jnp.argmax(inside, axis=1)).astype(jnp.int32)
+    index = (part * parts.shape[2] + jnp.argmax(inside, axis=1)).astype(jnp.int32)
+    return index, jnp.max(peaks, axis=1)
 
 
 def _top(logits: Float[Array, "R V"], count: int) -> tuple[Array, Array]:
@@ -179,7 +182,7 @@ def draw(logits: Array, rows: RowParams) -> Int[Array, "R"]:
     half = -(-vocab // 2)
     pairs = jnp.broadcast_to(jnp.arange(half, dtype=jnp.uint32), (count, half))
     bits = jnp.stack(_bits(rows, pairs), axis=2).reshape(count, -1)[:, :vocab]
-    return largest(logits + _gumbel(bits))
+    return largest(logits + _gumbel(bits))[0]
 
 
 def draw_among_best(logits: Array, rows: RowParams, count: int) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
@@ -255,8 +258,11 @@ def adjust(
     return logits.at[index, end_ids].min(jnp.where(banned, NEVER, jnp.inf), mode="drop")
 
 
-def choose(logits: Array, rows: RowParams, best: int | None = None) -> Int[Array, "R"]:
-    """Temperature, top-k, top-p, min-p and the draw; argmax for greedy rows. best: see `sample`."""
+def choose(
+    logits: Array, rows: RowParams, best: int | None = None
+) -> tuple[Int[Array, "R"], Float[Array, "R"]]:
+    """Temperature, top-k, top-p, min-p and the draw; argmax for greedy rows. And each row's largest logit, which is
+    finite exactly if the row has a distribution to draw from. best: see `sample`."""
     any_of = lax.reduce(rows.features, jnp.int32(0), lax.bitwise_or, (0,))
     greedy_rows = (rows.features & RANDOM) == 0
 
@@ -268,14 +274,14 @@ def choose(logits: Array, rows: RowParams, best: int | None = None) -> Int[Array
         warm = when(MIN_P, lambda x: keep_min_p(x, rows.min_p), warm)
         return draw(warm, rows)
 
-    def random(logits: Array) -> Array:
-        greedy = largest(logits)
+    def random(logits: Array) -> tuple[Array, Array]:
+        greedy, peak = largest(logits)
         # The largest logit becomes 0, so that no temperature, however low, makes an infinity of it.
-        cold = logits - jnp.max(logits, axis=1, keepdims=True)
+        cold = logits - peak[:, None]
         warm = cold / jnp.maximum(rows.temperature, LOWEST_TEMPERATURE)[:, None]
         count = best or 0
         if not 0 < count < logits.shape[1]:
-            return jnp.where(greedy_rows, greedy, from_vocabulary(warm))
+            return jnp.where(greedy_rows, greedy, from_vocabulary(warm)), peak
         filtered = (any_of & (TOP_K | TOP_P | MIN_P)) != 0
         tokens, sure = lax.cond(
             filtered,
@@ -284,9 +290,10 @@ def choose(logits: Array, rows: RowParams, best: int | None = None) -> Int[Array
             warm,
         )
         tokens, sure = jnp.where(greedy_rows, greedy, tokens), sure | greedy_rows
-        return lax.cond(
+        tokens = lax.cond(
             jnp.all(sure), lambda x: tokens, lambda x: jnp.where(sure, tokens, from_vocabulary(x)), warm
         )
+        return tokens, peak
 
     return lax.cond((any_of & RANDOM) != 0, random, largest, logits)
 
@@ -304,6 +311,9 @@ def sample(
     best: int | None = None,
 ) -> tuple[Int[Array, "R"], Logprobs]:
     """Tokens and, if any row asked, their log-probabilities. The tables are per slot and read only where needed.
+
+    NOT_FINITE is the token of a row that has NaN among its logits, or infinity as the largest of them. Minus infinity
+    is a logit like others, unless a row has nothing else.
 
     at_once: so many rows are sampled at a time, one block after the other, so that what sampling needs beside the
       logits stays small; None: all of them.
@@ -325,11 +335,11 @@ def sample(
         lambda x: x,
         logits,
     )
-    tokens = choose(adjusted, rows, best)
+    tokens, peak = choose(adjusted, rows, best)
     logprobs = lax.cond(
         (any_of & LOGPROBS) != 0,
         lambda x: logprobs_of(x, tokens),
         lambda x: no_logprobs(x.shape[0]),
         logits,
     )
-    return tokens, logprobs
+    return jnp.where(jnp.isfinite(peak), tokens, NOT_FINITE), logprobs

@@ -36,6 +36,15 @@ class Batch:
     num_tokens: int
     admitted: list[Request] = field(default_factory=list)  # got their slot in this step
 
+    def without(self, request: Request) -> Batch | None:
+        """The step without one request's row; None if it had no other."""
+        rows = [row for row in self.rows if row.request is not request]
+        if not rows:
+            return None
+        num_decode_rows = sum(row.from_slot for row in rows)
+        admitted = [other for other in self.admitted if other is not request]
+        return Batch(self.step_id, rows, num_decode_rows, sum(row.count for row in rows), admitted)
+
     @property
     def decode_only(self) -> bool:
         return self.num_decode_rows == len(self.rows)

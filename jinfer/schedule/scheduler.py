@@ -114,6 +114,9 @@ class Scheduler:
         self._next_step = 0
         self._last_commit = -1
 
+        # Requests that a fault in their own data ended when they were to be admitted; the caller takes them out.
+        self.faults: list[tuple[Request, Exception]] = []
+
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.prompt_tokens = 0
@@ -207,6 +210,14 @@ class Scheduler:
         elif request.finish_reason is FinishReason.LENGTH and reason is FinishReason.STOP:
             request.finish_reason = reason
             request.stop_reason = stop_reason
+
+    def fail(self, request: Request) -> None:
+        """Ends a request whose KV is wrong or was never written, if it runs still: from now on nobody finds pages of
+        its tokens."""
+        entry = self.entries.get(request)
+        if entry is not None:
+            self._end(entry, FinishReason.ERROR, None)
+        self.running.sharing.forget(request)
 
     def reset_prefix_cache(self) -> None:
         """Makes every cached page unfindable: the weights have changed, or a dispatched step has failed.
@@ -312,8 +323,13 @@ class Scheduler:
             if self.recompute_beyond is not None and request.num_known_tokens > self.recompute_beyond:
                 # Cached pages of its beginning were computed for a shorter sequence.
                 request.cacheable, request.num_recomputed = False, request.num_known_tokens
-            if not self.running.admit(entry):
-                break
+            try:
+                if not self.running.admit(entry):
+                    break
+            except Exception as error:  # its look-up failed: nothing has changed
+                self.faults.append((request, error))
+                self._end(entry, FinishReason.ERROR, None)
+                continue
             self.queue.remove(entry)
             self._note_admission(request)
             admitted.append(request)

@@ -112,6 +112,14 @@ class PageSharing:
                     group.cache.insert(key, held.pages[index])
             entry.register_at += self._page_size
 
+    def forget(self, request: Request) -> None:
+        """Makes every page of this request's tokens unfindable, whoever wrote it."""
+        key = root_key(request.cache_salt)
+        for start in range(0, request.num_known_tokens - self._page_size + 1, self._page_size):
+            key = page_key(key, request.token_slice(start, start + self._page_size))
+            for group in self._groups:
+                group.cache.forget(key)
+
     def _key(self, entry: Entry, index: int) -> bytes:
         keys = entry.keys
         while len(keys) <= index:
