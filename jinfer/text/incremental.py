@@ -6,15 +6,67 @@ from jinfer.text.streams import open_stream
 from jinfer.text.tokenizer import Tokenizer
 
 
+class _Match:
+    """How far the text has come in one stop string: `length`, the longest beginning of it that the text ends with.
+
+    Knuth, Morris and Pratt's way: borders[n] is the length of the longest proper beginning of the first n characters
+    that they also end with. It is filled only as far as a match has come, so that a token costs as many steps as it has
+    characters, however long the stop string.
+    """
+
+    __slots__ = ("_borders", "first", "length", "stop")
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.first = stop[0]
+        self.length = 0
+        self._borders = [0, 0]
+
+    def advance(self, text: str, at: int) -> int:
+        """Reads text[at:] up to the first character that completes the stop string; returns the place behind that
+        character, or -1 if none does."""
+        stop, length, size = self.stop, self.length, len(text)
+        if length and size - at < len(stop) - length and stop.startswith(text[at:], length):
+            self.length = length + size - at
+            return -1
+        while at < size:
+            if not length:
+                at = text.find(self.first, at)
+                if at < 0:
+                    break
+                length = 1
+            else:
+                while length and stop[length] != text[at]:
+                    length = self._border(length)
+                length += stop[length] == text[at]
+            at += 1
+            if length == len(stop):
+                self.length = self._border(length)
+                return at
+        self.length = length
+        return -1
+
+    def _border(self, length: int) -> int:
+        """borders[length], and all before it, once a match has come so far."""
+        borders, stop = self._borders, self.stop
+        while len(borders) <= length:
+            last, border = stop[len(borders) - 1], borders[-1]
+            while border and stop[border] != last:
+                border = borders[border]
+            borders.append(border + (stop[border] == last))
+        return borders[length]
+
+
 class StopFinder:
     """Finds the stop string that is complete first, and holds back text that may become one.
 
     Where two are complete at the same character the longer wins, so nothing of it leaks. The result does not
-    depend on how the text is cut into pieces.
+    depend on how the text is cut into pieces. A piece costs time in proportion to its own length, not to that of the
+    stop strings.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._matches = tuple(_Match(stop) for stop in dict.fromkeys(stops))
         self._held = ""
 
     def feed(self, text: str, may_stop: bool = True) -> tuple[str, str | None]:
@@ -23,31 +75,28 @@ class StopFinder:
         Of the stop string itself nothing is in the returned text. `may_stop=False` lets every stop string
         that is complete within this piece pass as plain text.
         """
-        seen = len(self._held)
+        end, stop, longest = len(text) + 1, "", 0
+        for match in self._matches:
+            if match.length or match.first in text:
+                at = match.advance(text, 0)
+                if may_stop and (0 <= at < end or (at == end and len(match.stop) > len(stop))):
+                    end, stop = at, match.stop
+                while at >= 0 and not may_stop:
+                    at = match.advance(text, at)
+                longest = max(longest, match.length)
+        if stop:
+            text = self.finish() + text[:end]
+            return text[: len(text) - len(stop)], stop
         text = self._held + text
-        if may_stop:
-            end, start = len(text) + 1, 0
-            for stop in self._stops:
-                # What was held is known to end no stop string, so a match must end behind it.
-                at = text.find(stop, max(0, seen - len(stop) + 1))
-                if at >= 0 and (at + len(stop), at) < (end, start):
-                    end, start = at + len(stop), at
-            if end <= len(text):
-                self._held = ""
-                return text[:start], text[start:end]
-        cut = len(text)
-        for stop in self._stops:
-            at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-            while 0 <= at < cut and not stop.startswith(text[at:]):
-                at = text.find(stop[0], at + 1)
-            if 0 <= at < cut:
-                cut = at
+        cut = len(text) - longest
         self._held = text[cut:]
         return text[:cut], None
 
     def finish(self) -> str:
         """The text that was held back and became no stop string."""
         held, self._held = self._held, ""
+        for match in self._matches:
+            match.length = 0
         return held
 
 
