@@ -10,6 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class AsyncEngine:
         self._stopped = False
         self._closed = False  # the thread takes no more commands; changed under the lock
         self._closing = threading.Lock()
+        self._busy_since: float | None = None  # when the thread last finished something, while it has work
         self._thread = threading.Thread(target=self._run, name="jinfer-engine", daemon=True)
 
     # Life
@@ -81,6 +83,18 @@ class AsyncEngine:
     @property
     def is_healthy(self) -> bool:
         return self.error is None and not self._stopped
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds since a step ended last, or since work came, while there is work; 0 while idle, and while the engine
+        loads, compiles or takes over weights.
+
+        Reading it does not wait for the engine: it is how a step that never ends is noticed.
+        """
+        since, engine = self._busy_since, self._engine
+        if since is None or engine is None or not self.is_healthy or engine.runner.is_preparing:
+            return 0.0
+        return max(time.monotonic() - max(since, engine.runner.prepared_time), 0.0)
 
     def shutdown(self) -> None:
         """Stops the engine's thread; running requests end with an error."""
@@ -185,7 +199,8 @@ class AsyncEngine:
         Closing the iterator aborts the request and frees its pages.
 
         Raises:
-          RequestError, QueueFullError: the request was not taken. EngineDeadError: the engine failed.
+          RequestError, QueueFullError: the request was not taken. RequestFailedError: a fault in taking it; the engine
+          goes on. EngineDeadError: the engine failed.
         """
         if self._draining:
             raise EngineDeadError("the engine is shutting down and takes no more requests")
@@ -195,14 +210,20 @@ class AsyncEngine:
         def add(engine: Engine) -> None:
             if request_id in self._streams:
                 raise RequestError(f"request id {request_id!r} is running already: choose another")
-            engine.add_request(
-                request_id,
-                prompt_token_ids,
-                params,
-                pooling=pooling,
-                priority=priority,
-                cache_salt=cache_salt,
-            )
+            try:
+                engine.add_request(
+                    request_id,
+                    prompt_token_ids,
+                    params,
+                    pooling=pooling,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                )
+            except JinferError:
+                raise
+            except Exception as error:  # nothing of it stays, so the others go on
+                problem = f"{type(error).__name__}: {error}"
+                raise RequestFailedError(f"request {request_id!r} could not be taken ({problem})") from error
             self._streams[request_id] = stream
 
         try:
@@ -322,11 +343,13 @@ class AsyncEngine:
                 while True:
                     # An idle engine sleeps here until a command comes.
                     busy = engine.has_unfinished
+                    self._busy_since = time.monotonic() if busy else None
                     command = self._commands.get(
                         block=not busy, timeout=None if is_checked else IDLE_CHECK_SECONDS
                     )
                     if command is None:
                         return
+                    self._busy_since = time.monotonic()
                     command(engine)
                     is_checked = False
             except queue.Empty:

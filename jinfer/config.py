@@ -175,6 +175,12 @@ class ServerConfig:
     drain_timeout: float = option(
         30.0, "seconds that running requests get after SIGTERM", low=0.0, high=86400.0
     )
+    health_timeout: float = option(
+        120.0,
+        "seconds without the end of a step, while there is work, after which /health and /ready answer 503",
+        low=1.0,
+        high=86400.0,
+    )
     max_logprobs: int = option(20, "most alternatives per position a request may ask for", low=0, high=20)
     chat_template: str | None = option(None, "file with a chat template, if not the model's own")
     uvicorn_log_level: str = option(

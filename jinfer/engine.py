@@ -31,7 +31,7 @@ from jinfer.runner import Runner, StepHandle, token_logprobs
 from jinfer.sampling.params import SamplingParams
 from jinfer.schedule.batch import Batch, BatchRow
 from jinfer.schedule.scheduler import Scheduler
-from jinfer.stats import Counters, EngineStats, KVGroupStats
+from jinfer.stats import Counters, EngineStats, describe_cache, snapshot
 from jinfer.text import ChatTemplate, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Engine:
         self._pending: StepHandle | None = None
         self._ended: list[OutputDelta] = []  # ends that no step caused: told by the next step
         self._counters = Counters()
-        self._cache_config = self._describe_cache()
+        self._cache_config = describe_cache(config, self.kv_plan, str(self.runner.cache_dtype))
         loaded = time.monotonic()
         seconds = self.runner.warmup() if config.warmup else 0.0
         logger.info("loaded in %.1f s, compiled in %.1f s", loaded - started, seconds)
@@ -102,56 +102,9 @@ class Engine:
         return self.scheduler.has_unfinished or self._pending is not None or bool(self._ended)
 
     def stats(self) -> EngineStats:
-        s, c = self.scheduler, self._counters
-        allocated = s.allocated_tokens
-        return EngineStats(
-            num_running=s.num_running,
-            num_waiting=s.num_waiting,
-            kv_cache_usage=s.kv_usage,
-            prefix_cache_queries=s.prefix_queries,
-            prefix_cache_hits=s.prefix_hits,
-            prompt_tokens=s.prompt_tokens,
-            prompt_tokens_cached=s.prompt_tokens_cached,
-            generation_tokens=c.generation_tokens,
-            num_preemptions=s.preemptions,
-            recompiles=self.runner.recompiles,
-            num_requests_finished=dict(c.finished),
-            num_not_finite=c.not_finite,
-            steps=c.steps,
-            step_tokens=c.step_tokens,
-            host_seconds=c.host_seconds,
-            host_cpu_seconds=c.host_cpu_seconds,
-            wait_seconds=c.wait_seconds,
-            kv_waste=1 - s.used_tokens / allocated if allocated else 0.0,
-            kv_groups=tuple(
-                KVGroupStats(
-                    plan.kind.window,
-                    len(plan.layers),
-                    plan.num_bytes,
-                    group.pool.num_used / group.pool.num_total,
-                )
-                for plan, group in zip(self.kv_plan.groups, s.groups, strict=True)
-            ),
-            kv_fraction=self.kv_plan.fraction,
-            cache_config=self._cache_config,
+        return snapshot(
+            self.scheduler, self._counters, self.kv_plan, self.runner.recompiles, self._cache_config
         )
-
-    def _describe_cache(self) -> dict[str, str]:
-        plan, config = self.kv_plan, self.config
-        windows = [group.kind.window for group in plan.groups if group.kind.window is not None]
-        facts = {
-            "block_size": plan.page_size,
-            "num_gpu_blocks": max(group.pages for group in plan.groups)
-            - 1,  # one takes the writes of padding
-            "num_gpu_blocks_override": config.num_gpu_blocks_override,
-            "cache_dtype": str(self.runner.cache_dtype),
-            "kv_cache_memory_bytes": plan.num_bytes,
-            "enable_prefix_caching": config.enable_prefix_caching,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "sliding_window": min(windows, default=None),
-            "max_model_len": plan.max_model_len,
-        }
-        return {name: str(value) for name, value in facts.items()}
 
     # Requests
 
@@ -451,7 +404,8 @@ class Engine:
         Raises:
           ModelError: a parameter is missing, unknown or misshaped; nothing is changed then.
         """
-        self.runner.update_weights(params)
+        with self.runner.preparing():
+            self.runner.update_weights(params)
         self.scheduler.reset_prefix_cache()
 
     def check_integrity(self) -> None:

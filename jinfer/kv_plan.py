@@ -22,7 +22,7 @@ from pallas_kernels import paged_attention as pa
 
 logger = logging.getLogger(__name__)
 
-CPU_KV_BYTES = 2 * 1024**3  # of the host's memory, unless the flag asks for more
+CPU_KV_BYTES = 2 * 1024**3  # of the host's memory, unless kv_cache_memory_bytes says otherwise
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,11 @@ def plan_kv(spec: ModelSpec, mesh: Mesh, config: EngineConfig) -> KVPlan:
                 f"({token_bytes / 1024:.1f} KiB each): lower max_model_len or raise "
                 "kv_cache_memory_bytes or gpu_memory_utilization"
             )
-        logger.warning("max_model_len lowered from %d to %d: the KV pages hold no more", wanted, room)
+        logger.warning(
+            "max_model_len lowered from %d to %d: the KV pages hold no more; raise kv_cache_memory_bytes for longer ones",
+            wanted,
+            room,
+        )
         return plan_kv(spec, mesh, replace(config, max_model_len=room))
     return make_plan(spec, pages, size, config.attention_backend, wanted)
 
@@ -223,7 +227,6 @@ def _pages(
     if size is None and mesh.devices.flat[0].platform != "cpu":
         size = _free_device_bytes(mesh, config, spec)
     if size is None:
-        least = budget.bytes_of(budget.one_sequence(wanted))
-        size = min(max(CPU_KV_BYTES, least), budget.bytes_of(most))
+        size = min(CPU_KV_BYTES, budget.bytes_of(most))
     room = budget.longest_of(size, wanted)
     return (budget.split(size, wanted) if room >= wanted else []), room

@@ -6,9 +6,10 @@ later is compiled on the spot and counted in `recompiles`, which must stay 0.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,6 +75,8 @@ class Runner:
         self.params: dict[str, Any] = dict(model.params.arrays)
         self.programs = StepPrograms(self.spec, self.mesh, config, kv)
         self.recompiles = 0
+        self.is_preparing = False  # compiles a step, or takes over weights: no step can end meanwhile
+        self.prepared_time = 0.0  # when that last ended
         self._compiled: dict[StepShape, Any] = {}
         self.kv = self._zeros(self.programs.kv)
         self.slots: SlotState = self._zeros(self.programs.slots)
@@ -119,8 +122,18 @@ class Runner:
             if self.config.warmup:
                 self.recompiles += 1
                 logger.warning("compiling step %s while serving: this is a bug, please report it", shape)
-            program = self._compiled[shape] = self.programs.compile(self.programs.lower(shape))
+            with self.preparing():
+                program = self._compiled[shape] = self.programs.compile(self.programs.lower(shape))
         return program
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Says to those who watch from other threads that no step can end meanwhile."""
+        self.is_preparing = True
+        try:
+            yield
+        finally:
+            self.is_preparing, self.prepared_time = False, time.monotonic()
 
     # Running
 

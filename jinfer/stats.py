@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from jinfer.config import EngineConfig
 from jinfer.request import FinishReason
+
+if TYPE_CHECKING:
+    from jinfer.kv_plan import KVPlan
+    from jinfer.schedule.scheduler import Scheduler
 
 # Upper bounds of the buckets in which steps are counted by their tokens; one more bucket takes what is above.
 STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -90,3 +96,57 @@ class Counters:
     @property
     def step_tokens(self) -> StepTokens:
         return StepTokens(STEP_TOKEN_BUCKETS, tuple(self.step_counts), self.step_total)
+
+
+def snapshot(
+    scheduler: Scheduler, counters: Counters, plan: KVPlan, recompiles: int, cache_config: dict[str, str]
+) -> EngineStats:
+    """What the parts of an engine have counted until now."""
+    s, c = scheduler, counters
+    allocated = s.allocated_tokens
+    groups = (
+        KVGroupStats(
+            part.kind.window, len(part.layers), part.num_bytes, group.pool.num_used / group.pool.num_total
+        )
+        for part, group in zip(plan.groups, s.groups, strict=True)
+    )
+    return EngineStats(
+        num_running=s.num_running,
+        num_waiting=s.num_waiting,
+        kv_cache_usage=s.kv_usage,
+        prefix_cache_queries=s.prefix_queries,
+        prefix_cache_hits=s.prefix_hits,
+        prompt_tokens=s.prompt_tokens,
+        prompt_tokens_cached=s.prompt_tokens_cached,
+        generation_tokens=c.generation_tokens,
+        num_preemptions=s.preemptions,
+        recompiles=recompiles,
+        num_requests_finished=dict(c.finished),
+        num_not_finite=c.not_finite,
+        steps=c.steps,
+        step_tokens=c.step_tokens,
+        host_seconds=c.host_seconds,
+        host_cpu_seconds=c.host_cpu_seconds,
+        wait_seconds=c.wait_seconds,
+        kv_waste=1 - s.used_tokens / allocated if allocated else 0.0,
+        kv_groups=tuple(groups),
+        kv_fraction=plan.fraction,
+        cache_config=cache_config,
+    )
+
+
+def describe_cache(config: EngineConfig, plan: KVPlan, dtype: str) -> dict[str, str]:
+    """The facts of `EngineStats.cache_config`; dtype: of the numbers in the pages."""
+    windows = [group.kind.window for group in plan.groups if group.kind.window is not None]
+    facts = {
+        "block_size": plan.page_size,
+        "num_gpu_blocks": max(group.pages for group in plan.groups) - 1,  # without the null page
+        "num_gpu_blocks_override": config.num_gpu_blocks_override,
+        "cache_dtype": dtype,
+        "kv_cache_memory_bytes": plan.num_bytes,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "sliding_window": min(windows, default=None),
+        "max_model_len": plan.max_model_len,
+    }
+    return {name: str(value) for name, value in facts.items()}

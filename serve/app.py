@@ -21,7 +21,7 @@ from serve.completions import answer_completion
 from serve.embeddings import answer_embeddings
 from serve.middleware import Gate
 from serve.openapi import install_openapi
-from serve.protocol import APIError, install_handlers
+from serve.protocol import APIError, install_handlers, unavailable
 from serve.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from serve.state import State
 from serve.tokens import detokenize, tokenize, tokenizer_info
@@ -128,7 +128,8 @@ def _add_operation_routes(app: FastAPI, state: State) -> None:
     page, policy = _load_page()
 
     async def health() -> Response:
-        """200 while requests can be served or finished; 503 while the model loads and after the engine failed."""
+        """200 while requests can be served or finished; 503 while the model loads, after the engine failed, and while it
+        has work and no step ends."""
         return _status(state, accepts_while_draining=True)
 
     async def ready() -> Response:
@@ -158,6 +159,13 @@ def _add_operation_routes(app: FastAPI, state: State) -> None:
 
 
 def _status(state: State, accepts_while_draining: bool) -> Response:
+    stalled = state.engine.stalled_seconds
+    if stalled > state.config.health_timeout:
+        return unavailable(
+            f"no step has ended for {stalled:.0f} s while requests wait: restart the server",
+            "engine_stalled",
+            30,
+        ).response()
     try:
         state.check_accepting()
     except APIError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 
 import pytest
@@ -88,6 +89,38 @@ def test_shutdown_ends_streams_and_later_calls(own):
     assert not own.is_healthy
     assert own.error is None
     own.engine.check_integrity()
+
+
+def test_a_step_that_never_ends_is_noticed(own, monkeypatch):
+    async def scenario():
+        assert own.stalled_seconds == 0.0
+        await own.wait_ready()
+        await collect(own, PROMPT, greedy(3), "warm")
+        stuck, runner = threading.Event(), own.engine.runner
+        real = runner.dispatch
+
+        def dispatch(batch):
+            stuck.wait(WAIT)
+            return real(batch)
+
+        await check_idle(own)
+        assert own.stalled_seconds < 1.0
+        monkeypatch.setattr(runner, "dispatch", dispatch)
+        task = asyncio.create_task(collect(own, PROMPT, greedy(3), "stuck"))
+        while own.stalled_seconds < 0.2:
+            await asyncio.sleep(0.01)
+        with runner.preparing():  # a compilation may take its time
+            assert own.stalled_seconds == 0.0
+        assert own.stalled_seconds < 0.2
+        stuck.set()
+        assert len(tokens(await task)) == 3
+        await check_idle(own)
+        while own.stalled_seconds:  # idle again
+            await asyncio.sleep(0.01)
+
+    play(scenario)
+    own.shutdown()
+    assert own.stalled_seconds == 0.0
 
 
 # Draining

@@ -13,6 +13,8 @@ from jinfer.kv_plan import full_plan, group_layers, plan_kv, step_bytes
 from jinfer.mesh import make_mesh
 from jinfer.models.hf_config import read_config
 from jinfer.models.loading import make_spec
+from tests.support.engines import greedy, run_one, small_engine
+from tests.support.models import make_llama
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 512, "block_size": 32, "dtype": "bfloat16"}
@@ -91,6 +93,25 @@ def test_on_a_cpu_every_slot_has_its_sequence_within_a_limit():
     sliding, full = made.groups
     assert (sliding.kind.window, full.pages) == (128, 4 * 16 + 1)
     assert sliding.pages == 4 * 5 + (16 - 5) + 1
+
+
+def test_on_a_cpu_a_long_model_gets_the_length_that_the_limit_holds(caplog):
+    """A token of this model takes 256 KiB of KV in float32, so 2 GiB hold 8,192 of them, the null page among them."""
+    made = plan("llama-3-8b", dtype="float32", max_num_seqs=1)
+    assert (made.max_model_len, made.num_bytes) == (8192 - 32, 2 * 2**30)
+    assert "max_model_len lowered from 8192 to 8160" in caplog.text
+    with pytest.raises(ConfigError, match="max_model_len is 8192 and the KV pages hold 8160 tokens"):
+        plan("llama-3-8b", dtype="float32", max_num_seqs=1, max_model_len=8192)
+    assert plan("llama-3-8b", dtype="float32", kv_cache_memory_bytes=3 * 2**30).max_model_len == 8192
+
+
+def test_a_model_of_any_length_starts_on_a_cpu(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(kv_plan, "CPU_KV_BYTES", 2**20)
+    folder = make_llama(tmp_path / "long", max_position_embeddings=2**31 - 1)
+    engine = small_engine(folder, max_model_len=None)
+    assert engine.max_model_len < 3000
+    assert f"max_model_len lowered from 2147483647 to {engine.max_model_len}" in caplog.text
+    assert len(run_one(engine, [1, 2, 3], greedy(4)).token_ids) == 4
 
 
 def test_free_memory_is_counted_for_one_set_of_devices():

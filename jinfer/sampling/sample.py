@@ -138,11 +138,10 @@ def largest(values: Float[Array, "R V"]) -> tuple[Int[Array, "R"], Float[Array, 
     Measured with 32 rows of 32,000: 0.3 ms in place of 2.3.
     """
     parts = _parts(values)
-    peaks = jnp.max(parts, axis=2)
-    part = jnp.argmax(peaks, axis=1)
+    part = jnp.argmax(jnp.max(parts, axis=2), axis=1)
     inside = jnp.take_along_axis(parts, part[:, None, None], axis=1)[:, 0]
     index = (part * parts.shape[2] + jnp.argmax(inside, axis=1)).astype(jnp.int32)
-    return index, jnp.max(peaks, axis=1)
+    return index, jnp.max(inside, axis=1)
 
 
 def _top(logits: Float[Array, "R V"], count: int) -> tuple[Array, Array]:

@@ -92,6 +92,17 @@ def test_probes_when_the_engine_has_failed(client, engine):
         assert "boom" in error["message"]
 
 
+def test_probes_when_no_step_ends(make_client, engine):
+    client = make_client(engine, health_timeout=30.0)
+    engine.stalled_seconds = 29.0
+    assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    engine.stalled_seconds = 95.4
+    for path in ("/health", "/ready"):
+        error = client.fault(client.get(path), 503)
+        assert error["code"] == "engine_stalled"
+        assert "no step has ended for 95 s" in error["message"]
+
+
 def test_version_and_schema(client):
     assert client.get("/version").json() == {"version": __version__}
     schema = client.get("/openapi.json").json()

@@ -67,6 +67,7 @@ class FakeAsyncEngine:
         self.embedding_size = 4
         self.is_ready = True
         self.is_healthy = True
+        self.stalled_seconds = 0.0
         self.error: str | None = None
         self.reply = self.tokenizer.encode(REPLY, add_special_tokens=False)
         self.running: dict[str, asyncio.Event] = {}  # request id -> abort flag
