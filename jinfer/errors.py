@@ -23,11 +23,13 @@ class ConfigError(UserError):
 
 
 class RequestError(UserError):
-    """One request cannot be served as asked. `param` names the field at fault, if one is."""
+    """One request cannot be served as asked. `param` names the field at fault, if one is; `code` is a word for the
+    kind of fault, for clients that tell kinds apart."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 class QueueFullError(RequestError):

@@ -18,6 +18,8 @@ from serve.schemas import ChatBody, TemplateBody
 from serve.state import State
 
 # Names of the template's variables that have a field of their own in the request.
+# Variables by which templates switch thinking off.
+THINKING_SWITCHES = ("enable_thinking", "thinking")
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
@@ -57,11 +59,26 @@ def prompt_ids(
         raise bad_request(
             "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
         )
-    if continues and messages[-1]["role"] != "assistant":
+    if continues and not (isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"):
         raise bad_request(
             "continue_final_message needs an assistant message at the end", "continue_final_message"
         )
     begins = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    text = template.render(
+        messages,
+        tools=tools,
+        add_generation_prompt=begins,
+        continue_final_message=continues,
+        chat_template_kwargs=_variables(template, body),
+        documents=read_documents(body.documents),
+        # Calls are forbidden: a template without a place for tools has nothing to say about them.
+        tools_are_optional=True,
+    )
+    return state.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _variables(template: Any, body: TemplateBody) -> dict[str, Any]:
+    """chat_template_kwargs, and reasoning_effort under the name that the template has for it. Raises APIError."""
     extra = dict(body.chat_template_kwargs or {})
     for name in RESERVED:
         if name in extra:
@@ -69,27 +86,25 @@ def prompt_ids(
                 f"chat_template_kwargs has {name!r}, which is a field of the request", "chat_template_kwargs"
             )
     effort = body.reasoning_effort
-    if effort is not None:
-        if not template.reads("reasoning_effort"):
+    if effort is None:
+        return extra
+    name, value = "reasoning_effort", effort
+    if not template.reads(name):
+        switches = (switch for switch in THINKING_SWITCHES if template.reads(switch))
+        switch = next(switches, None) if effort == "none" else None
+        if switch is None:
             raise bad_request(
-                "the model's chat template has no place for reasoning_effort: leave it out",
-                "reasoning_effort",
+                f"the model's chat template has no place for reasoning_effort {effort[:60]!r}: leave it out",
+                name,
                 "unsupported_field",
             )
-        if extra.setdefault("reasoning_effort", effort) != effort:
-            raise bad_request(
-                f"reasoning_effort is {effort!r} and in chat_template_kwargs {extra['reasoning_effort']!r}: give one",
-                "reasoning_effort",
-            )
-    text = template.render(
-        messages,
-        tools=tools,
-        add_generation_prompt=begins,
-        continue_final_message=continues,
-        chat_template_kwargs=extra,
-        documents=read_documents(body.documents),
-    )
-    return state.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        name, value = switch, False
+    if extra.setdefault(name, value) != value:
+        raise bad_request(
+            f"reasoning_effort is {effort[:60]!r} and in chat_template_kwargs {name} is {str(extra[name])[:60]!r}: give one",
+            "reasoning_effort",
+        )
+    return extra
 
 
 class ChatFormat:

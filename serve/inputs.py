@@ -7,25 +7,6 @@ from typing import Any
 
 from serve.protocol import bad_request
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", *TEXT_FIELDS})
-# Fields that clients copy from an earlier answer into the history.
-EMPTY_MESSAGE_FIELDS = frozenset(
-    {
-        "refusal",
-        "audio",
-        "function_call",
-        "annotations",
-        "partial",
-        "prefix",
-        "provider_specific_fields",
-        "reasoning_details",
-        "thinking_blocks",
-    }
-)
-HARMLESS_MESSAGE_FIELDS = frozenset({"id"})  # under which a client has stored the message
-
 Prompt = str | list[int]
 
 
@@ -33,71 +14,15 @@ def is_int(value: Any) -> bool:
     return type(value) is int  # bool is a subclass of int
 
 
-def read_messages(value: Any) -> list[dict[str, Any]]:
-    """Messages for the chat template, their null fields left out.
+def read_messages(value: Any) -> list[Any]:
+    """The messages of a chat, one at least; what each of them may hold is the chat template's to say.
 
-    Raises APIError (400) for anything that is not text.
+    Raises APIError (400) for anything but a list.
     """
     if not isinstance(value, list) or not value:
         given = "left out" if value is None else f"{_kind(value)}"
         raise bad_request(f"messages is {given}: expected a list of at least one message", "messages")
-    return [_read_message(message, f"messages[{i}]") for i, message in enumerate(value)]
-
-
-def _read_message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise bad_request(
-            f"{where} is {_kind(message)}: expected an object with role and content", "messages"
-        )
-    role = message.get("role")
-    if role not in ROLES:
-        raise bad_request(
-            f"{where}.role is {str(role)[:60]!r}: expected one of {', '.join(ROLES)}", "messages"
-        )
-    for name, value in message.items():
-        if name in HARMLESS_MESSAGE_FIELDS or (name in EMPTY_MESSAGE_FIELDS and not value):
-            continue
-        if name not in MESSAGE_FIELDS:
-            raise bad_request(
-                f"{where}.{name[:100]} is not supported: remove it", "messages", "unsupported_field"
-            )
-    clean = {name: value for name, value in message.items() if name in MESSAGE_FIELDS and value is not None}
-    for name in TEXT_FIELDS:
-        if name in clean and not isinstance(clean[name], str):
-            raise bad_request(f"{where}.{name} is {_kind(clean[name])}: expected a string", "messages")
-    calls = clean.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise bad_request(f"{where}.tool_calls is not a list of objects", "messages")
-    if "content" not in clean and not (role == "assistant" and calls):
-        raise bad_request(
-            f"{where}.content is missing: expected a string or a list of text parts", "messages"
-        )
-    if "content" in clean:
-        clean["content"] = _read_content(clean["content"], where)
-    return clean
-
-
-def _read_content(content: Any, where: str) -> str | list[dict[str, str]]:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(
-            f"{where}.content is {_kind(content)}: expected a string or a list of parts", "messages"
-        )
-    parts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else _kind(part)
-        if kind not in ("text", "input_text", "refusal"):
-            raise bad_request(
-                f"{where}.content[{i}] has type {str(kind)[:60]!r}: this server takes text only",
-                "messages",
-                "unsupported_content",
-            )
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if not isinstance(text, str):
-            raise bad_request(f"{where}.content[{i}].text is {_kind(text)}: expected a string", "messages")
-        parts.append({"type": "text", "text": text})
-    return parts
+    return value
 
 
 def read_tools(tools: Any, tool_choice: Any) -> list[dict[str, Any]] | None:

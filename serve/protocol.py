@@ -103,7 +103,7 @@ def as_api_error(error: BaseException, *, log: bool = True) -> APIError:
         wait = {"retry-after": str(error.retry_after)}
         return APIError(429, str(error), kind="rate_limit_error", code="queue_full", headers=wait)
     if isinstance(error, RequestError):
-        return bad_request(str(error), error.param)
+        return bad_request(str(error), error.param, error.code)
     if isinstance(error, EngineDeadError):
         return APIError(500, str(error), code="engine_dead")
     if isinstance(error, HTTPException):

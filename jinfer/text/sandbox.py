@@ -63,8 +63,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             strftime_now=lambda format: datetime.now().strftime(format),
         )
 
-    def render(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
-        """The output of a template made by this environment.
+    def render(
+        self, template: jinja2.Template, variables: dict[str, Any], max_seconds: float | None = None
+    ) -> str:
+        """The output of a template made by this environment, in `max_seconds` at most if that is less than its own.
 
         Raises:
           TemplateLimitError: a limit was passed.
@@ -72,7 +74,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """
         parts: list[str] = []
         size = 0
-        with self._deadline():
+        with self._deadline(min(self.max_seconds, max_seconds or self.max_seconds)):
             for part in template.generate(variables):
                 size += len(part)
                 self._check_size(size)
@@ -80,8 +82,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return "".join(parts)
 
     @contextlib.contextmanager
-    def _deadline(self) -> Iterator[None]:
-        self._running.deadline = time.monotonic() + self.max_seconds
+    def _deadline(self, seconds: float) -> Iterator[None]:
+        self._running.deadline = time.monotonic() + seconds
         try:
             yield
         finally:

@@ -243,14 +243,9 @@ def test_a_model_without_a_template(client, engine, stream):
 
 def test_what_the_template_cannot_show_is_refused(client, engine):
     engine.chat_template = ChatTemplate({"default": "{% for m in messages %}{{ m.content }}{% endfor %}"})
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    for name, fields in (
-        ("tools", {"tools": tools, "tool_choice": "none"}),
-        ("documents", {"documents": [{"text": "a"}]}),
-    ):
-        error = client.fault(client.chat("hi", **fields), 400)
-        assert error["param"] == name
-        assert "no place for" in error["message"]
+    error = client.fault(client.chat("hi", documents=[{"text": "a"}]), 400)
+    assert error["param"] == "documents"
+    assert "no place for" in error["message"]
     assert client.fault(client.chat("hi", documents="a"), 400)["param"] == "documents"
     assert engine.seen == []
 
@@ -275,3 +270,22 @@ def test_reasoning_effort_goes_to_a_template_that_takes_it(client, engine):
     assert (
         client.fault(client.chat("hi", reasoning_effort="low", **kwargs), 400)["param"] == "reasoning_effort"
     )
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
+def test_reasoning_effort_none_switches_thinking_off(client, engine, switch):
+    source = f"[{{{{ {switch} if {switch} is defined else 'default' }}}}]"
+    engine.chat_template = ChatTemplate({"default": source})
+    client.chat("hi", reasoning_effort="none").raise_for_status()
+    assert engine.tokenizer.decode(engine.seen[0].ids) == "[False]"
+    assert client.fault(client.chat("hi", reasoning_effort="low"), 400)["param"] == "reasoning_effort"
+    kwargs = {"chat_template_kwargs": {switch: True}}
+    error = client.fault(client.chat("hi", reasoning_effort="none", **kwargs), 400)
+    assert error["param"] == "reasoning_effort"
+
+
+def test_tools_that_may_not_be_called_are_out_of_play_where_the_template_has_no_place(client, engine):
+    engine.chat_template = ChatTemplate({"default": "{% for m in messages %}{{ m.content }}{% endfor %}"})
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    client.chat("hi", tools=tools, tool_choice="none").raise_for_status()
+    assert engine.tokenizer.decode(engine.seen[0].ids) == "hi"

@@ -18,6 +18,8 @@ from jinfer.text.chat import ChatTemplate
 FOLDER = Path(__file__).parent / "templates"
 NAMES = ["deepseek", "gemma3", "glm4", "gpt_oss", "granite", "llama31", "mistral_tools", "qwen3", "smollm3"]
 
+NO_CALLS = ("gemma3", "granite", "smollm3")  # they show no calls of earlier turns
+
 WEATHER = {
     "type": "function",
     "function": {
@@ -112,6 +114,7 @@ def pairs(folders, tmp_path_factory):
 def outcomes(pair, messages, variables, **options):
     """What ours and transformers' make of it: the text, or the words of the refusal."""
     ours, theirs = pair
+    variables = {name: value for name, value in variables.items() if ours.reads(name)}  # others are refused
     try:
         expected = theirs.apply_chat_template(messages, tokenize=False, **options, **variables)
     except jinja2.TemplateError as error:
@@ -129,7 +132,12 @@ def check(pair, messages, variables, **options) -> bool:
     ours, theirs = outcomes(pair, messages, variables, **options)
     if isinstance(theirs, Exception):
         assert isinstance(ours, RequestError), f"transformers says {theirs!r}"
-        assert str(theirs) in str(ours)
+        assert str(theirs) in str(ours) or ours.code == "unsupported_field"
+        return False
+    if isinstance(ours, RequestError) and ours.code == "unsupported_field":
+        # transformers leaves it out without a word.
+        texts = [str(m.get("content")) for m in messages] + ["hm", "now", "weather"]
+        assert any(theirs.count(text) < texts.count(text) for text in texts), ours
         return False
     assert ours == theirs
     return True
@@ -142,7 +150,7 @@ def test_every_conversation_with_every_option(pairs, name):
         for variables in OPTIONS.values():
             for opens in (True, False):
                 rendered += check(pairs[name], messages, variables, add_generation_prompt=opens)
-    assert rendered >= len(CHATS) * len(OPTIONS)  # at least half: the rest is refused by both
+    assert rendered >= len(CHATS) * len(OPTIONS) * 0.75  # of two each: the rest is refused by both, or lost
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("deepseek", "gemma3")])
@@ -152,8 +160,8 @@ def test_tools(pairs, name, tools):
     for messages in CHATS.values():
         for variables in (OPTIONS["plain"], OPTIONS["variables"]):
             rendered += check(pairs[name], messages, variables, tools=tools, add_generation_prompt=True)
-    assert rendered >= len(CHATS)
-    text = pairs[name][0].render(CHATS["a call"], tools=tools)
+    assert rendered >= len(CHATS) - 1
+    text = pairs[name][0].render(CHATS["one question"], tools=tools)
     assert "weather" in text
     assert "Wie ist das Wetter? <ö> & 'x'" in text
 
@@ -184,7 +192,7 @@ def test_continuing_an_answer(pairs):
 
 def test_arguments_as_json_text_are_those_of_an_object(pairs):
     for name in NAMES:
-        if name == "gemma3":  # it knows no tools
+        if name in NO_CALLS:
             continue
         chat = json.loads(json.dumps(CHATS["a call"]))
         function = chat[1]["tool_calls"][0]["function"]

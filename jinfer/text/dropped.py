@@ -1,0 +1,191 @@
+"""Finds what a chat template leaves out of a conversation.
+
+The conversation is rendered a second time with a mark in every text, and the marks are looked for in the result. A mark
+is a word of ASCII letters and digits, so that no filter for case, JSON or space changes it beyond recognition.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinfer.errors import RequestError
+from jinfer.text.messages import refused
+from jinfer.text.template_needs import Needs
+
+# A text that a template changed with the mark in it may still stand in the prompt word for word.
+_TELLING = 12  # characters
+
+
+@dataclass
+class _Leaf:
+    """One text of the request: where it stands, its words, and what it is to the template."""
+
+    where: str
+    text: str
+    kind: str
+    message: int = 0
+
+
+@dataclass
+class _Marked:
+    """A copy of a conversation with a mark in every text."""
+
+    nonce: str = field(default_factory=lambda: "q" + secrets.token_hex(4))
+    leaves: list[_Leaf] = field(default_factory=list)
+
+    def text(self, text: str, where: str, kind: str, message: int = 0) -> str:
+        words = text.rstrip()
+        if not words:
+            return text
+        self.leaves.append(_Leaf(where, words.strip(), kind, message))
+        return words + self._mark(len(self.leaves) - 1) + text[len(words) :]
+
+    def _mark(self, index: int) -> str:
+        return f"{self.nonce}x{index}z"
+
+    def missing(self, rendered: str) -> list[_Leaf]:
+        lowered = rendered.lower()
+        return [leaf for i, leaf in enumerate(self.leaves) if self._mark(i) not in lowered]
+
+    def message(self, message: dict[str, Any], index: int, needs: Needs) -> dict[str, Any]:
+        where = f"messages[{index}]"
+        marked = dict(message)
+        kind = "call content" if message.get("tool_calls") else "content"
+        content = message.get("content")
+        if isinstance(content, str):
+            marked["content"] = self.text(content, f"{where}.content", kind, index)
+        elif isinstance(content, list):
+            marked["content"] = [
+                self._part(part, f"{where}.content[{i}]", kind, index) for i, part in enumerate(content)
+            ]
+        if isinstance(name := message.get("name"), str):
+            kind = "result name" if message["role"] == "tool" else "name"
+            marked["name"] = self.text(name, f"{where}.name", kind, index)
+        if reasoning := next((message[f] for f in needs.reasoning_fields if f in message), None):
+            text = self.text(reasoning, f"{where}.{needs.reasoning_fields[0]}", "reasoning", index)
+            marked |= {f: text for f in needs.reasoning_fields if f in message}
+        if calls := message.get("tool_calls"):
+            marked["tool_calls"] = [
+                self._call(call, f"{where}.tool_calls[{i}]", index) for i, call in enumerate(calls)
+            ]
+        return marked
+
+    def _part(self, part: dict[str, Any], where: str, kind: str, message: int) -> dict[str, Any]:
+        kind = kind if part["type"] == "text" else "reasoning"
+        return {
+            name: self.text(value, f"{where}.{name}", kind, message)
+            if isinstance(value, str) and name != "type"
+            else value
+            for name, value in part.items()
+        }
+
+    def _call(self, call: dict[str, Any], where: str, message: int) -> dict[str, Any]:
+        function = call.get("function")
+        if isinstance(function, dict):
+            return {**call, "function": self._call(function, where, message)}
+        arguments = call.get("arguments")
+        if not isinstance(arguments, dict | str):
+            return call
+        words = arguments if isinstance(arguments, str) else str(call.get("name", ""))
+        self.leaves.append(_Leaf(where, words, "call", message))
+        mark = self._mark(len(self.leaves) - 1)
+        if isinstance(arguments, str):
+            return {**call, "arguments": self._in_json_text(arguments, mark)}
+        return {**call, "arguments": {**arguments, mark: mark}}
+
+    @staticmethod
+    def _in_json_text(text: str, mark: str) -> str:
+        opening, brace, rest = text.partition("{")
+        if not brace or opening.strip():
+            return text + mark
+        comma = "" if rest.lstrip().startswith("}") else ", "
+        return f'{opening}{{"{mark}": "{mark}"{comma}{rest}'
+
+    def tool(self, tool: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"tools[{index}]"
+        function = tool.get("function")
+        inner = function if isinstance(function, dict) else tool
+        if isinstance(words := inner.get("description"), str):
+            inner = {**inner, "description": self.text(words, f"{where}.description", "tools")}
+        return {**tool, "function": inner} if isinstance(function, dict) else inner
+
+    def document(self, document: dict[str, Any], index: int) -> dict[str, Any]:
+        """A document is shown by any of its texts: templates have their own way to name its source."""
+        texts = [value for value in document.values() if isinstance(value, str) and value.strip()]
+        if not texts:
+            return document
+        self.leaves.append(_Leaf(f"documents[{index}]", max(texts, key=len), "documents"))
+        mark = self._mark(len(self.leaves) - 1)
+        return {
+            key: value + mark if isinstance(value, str) and value.strip() else value
+            for key, value in document.items()
+        }
+
+
+def check_shown(
+    rendered: str,
+    variables: dict[str, Any],
+    needs: Needs,
+    render: Callable[[dict[str, Any]], str],
+    tools_are_optional: bool = False,
+) -> None:
+    """Raises RequestError for the first thing of a request that the template left out.
+
+    Args:
+      rendered: what the template made of `variables`.
+      variables: messages as `fit` made them, tools and documents.
+      render: renders other variables; a failure means that the template cannot be checked this way, and the texts
+        themselves are looked for.
+      tools_are_optional: the tools may be left out: the request forbids to call them.
+    """
+    if not needs.reads_messages:
+        return  # it shows nobody's messages, whatever they are
+    marked = _Marked()
+    messages = variables["messages"]
+    changed = {"messages": [marked.message(message, i, needs) for i, message in enumerate(messages)]}
+    if variables.get("tools"):
+        changed["tools"] = [marked.tool(tool, i) for i, tool in enumerate(variables["tools"])]
+    if variables.get("documents"):
+        changed["documents"] = [marked.document(each, i) for i, each in enumerate(variables["documents"])]
+    try:
+        missing = marked.missing(render(variables | changed))
+        enough = _TELLING
+    except Exception:
+        missing, enough = marked.leaves, 1
+    for leaf in missing:
+        if len(leaf.text) >= enough and leaf.text in rendered:
+            continue
+        if not _is_habit(leaf, messages, needs, tools_are_optional):
+            raise _refusal(leaf)
+
+
+def _is_habit(leaf: _Leaf, messages: list[dict[str, Any]], needs: Needs, tools_are_optional: bool) -> bool:
+    """Whether the template was made to leave this out, as its model was trained."""
+    if leaf.kind == "reasoning":
+        return needs.drops_reasoning
+    if leaf.kind == "call content":
+        later = (m for m in messages[leaf.message + 1 :] if m["role"] != "tool")
+        return needs.drops_call_content and any(not m.get("tool_calls") for m in later)
+    if leaf.kind == "result name":
+        # It says once more what the call said.
+        calls = (call for m in messages[: leaf.message] for call in m.get("tool_calls") or ())
+        names = (c["function"].get("name") for c in calls if isinstance(c.get("function"), dict))
+        return leaf.text in names
+    return leaf.kind == "tools" and tools_are_optional
+
+
+def _refusal(leaf: _Leaf) -> RequestError:
+    param = leaf.where.partition("[")[0]
+    why = {
+        "call content": " beside tool calls: leave it out, or make it a message of its own",
+        "name": ": leave it out, or put the name into the content",
+    }
+    return refused(
+        f"{leaf.where} would be lost: the model's chat template has no place for it here"
+        + why.get(leaf.kind, ": leave it out, or put it into a message that the template shows"),
+        param,
+        "unsupported_field",
+    )

@@ -1,0 +1,144 @@
+"""One chat template and what it needs, ready to render requests. Imports jinja2 alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+from jinfer.errors import RequestError
+from jinfer.text.dropped import check_shown
+from jinfer.text.messages import fit, refused, unusual_fields
+from jinfer.text.sandbox import TemplateEnvironment
+from jinfer.text.template_needs import ABSENT, Needs, study
+
+# Marks where the last message ends. Its trailing space shows whether the template trims what it prints.
+_END_MARK = "END_OF_THE_MESSAGE_TO_CONTINUE "
+_PROBE_SECONDS = 0.5
+
+
+class Renderer:
+    """Renders one template.
+
+    Args:
+      source: Jinja source; a jinja2.TemplateSyntaxError where it is none.
+      special_tokens: name (`"bos_token"`) to text; templates print them.
+      max_characters, max_seconds: of one rendering.
+    """
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], max_characters: int, max_seconds: float
+    ) -> None:
+        self._special_tokens = dict(special_tokens)
+        self._environment = TemplateEnvironment(max_characters, max_seconds)
+        self._template = self._environment.from_string(source)
+        self.needs: Needs = study(self._environment.parse(source), self._probe)
+
+    def render(self, request: Mapping[str, Any]) -> str:
+        """The prompt of a request.
+
+        Where no tool may be called, tools that the template cannot show are left out.
+
+        Args:
+          request: `messages`, `tools`, `documents`, `variables`, `add_generation_prompt`, `continue_final_message`,
+            and `tools_are_optional`.
+
+        Raises:
+          RequestError: the messages cannot be rendered, or not without losing something of them.
+        """
+        try:
+            return self._render(request)
+        except RequestError:
+            if not (request["tools"] and request["tools_are_optional"]):
+                raise
+            try:
+                return self._render({**request, "tools": None})
+            except RequestError:
+                pass
+            raise
+
+    def _render(self, request: Mapping[str, Any]) -> str:
+        messages = fit(request["messages"], self.needs)
+        variables = {
+            **self._special_tokens,
+            **request["variables"],
+            "messages": messages,
+            "tools": request["tools"] or self.needs.empty_tools,
+            "documents": request["documents"],
+            "add_generation_prompt": request["add_generation_prompt"],
+        }
+        if variables["tools"] == ABSENT:
+            del variables["tools"]
+        ending = None
+        if request["continue_final_message"]:
+            variables["messages"] = [*messages[:-1], dict(messages[-1])]
+            ending = self._mark_end(variables["messages"][-1])
+        text = self._rendered(variables)
+        if ending is not None:
+            text = _cut_at_mark(text, ending)
+        check_shown(text, variables, self.needs, self._make, request["tools_are_optional"])
+        self._check_unusual(variables)
+        return text
+
+    def _probe(self, variables: dict[str, Any]) -> str:
+        return self._environment.render(self._template, {**self._special_tokens, **variables}, _PROBE_SECONDS)
+
+    def _make(self, variables: dict[str, Any]) -> str:
+        return self._environment.render(self._template, variables)
+
+    def _rendered(self, variables: dict[str, Any]) -> str:
+        try:
+            return self._make(variables)
+        except jinja2.TemplateError as error:
+            reason = error.message or type(error).__name__
+        except RecursionError:
+            reason = "it calls itself without end"
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, LookupError) as error:
+            # A template that meets a field it does not expect fails with whatever Python raises there.
+            reason = f"{type(error).__name__}: {error}"
+        raise refused(
+            f"the model's chat template cannot render these messages: {reason}. Check the roles, their order "
+            "and the fields of each message"
+        )
+
+    def _check_unusual(self, variables: dict[str, Any]) -> None:
+        """Raises RequestError for a field of messages that the template reads, but not here."""
+        messages = variables["messages"]
+        for name in sorted(unusual_fields(messages)):
+            without = [{k: v for k, v in message.items() if k != name} for message in messages]
+            try:
+                acts = self._make(variables) != self._make(variables | {"messages": without})
+            except Exception:
+                acts = True
+            if not acts:
+                i = next(i for i, message in enumerate(messages) if name in message)
+                raise refused(
+                    f"messages[{i}].{name[:100]} is not supported: it changes nothing of what the model's chat "
+                    "template shows, remove it",
+                    code="unsupported_field",
+                )
+
+    def _mark_end(self, message: dict[str, Any]) -> str:
+        """Appends the mark to the message's text, in place; returns the text it had."""
+        content = message.get("content")
+        if content is None or "content" not in self.needs.fields:
+            raise refused("continue_final_message: the last message has no content")
+        if isinstance(content, str):
+            message["content"] = content + _END_MARK
+            return content
+        text = content[-1]["text"]
+        message["content"] = [*content[:-1], {**content[-1], "text": text + _END_MARK}]
+        return text
+
+
+def _cut_at_mark(text: str, ending: str) -> str:
+    at = text.rfind(_END_MARK.strip())
+    if at < 0 or ending.strip() not in text:
+        raise RequestError(
+            "continue_final_message: the model's chat template leaves out or changes the last message, so it "
+            "cannot be continued",
+            "continue_final_message",
+        )
+    # A template that trims the message also trimmed the mark's space; then the message's own end goes too.
+    return text[:at] if text.startswith(_END_MARK, at) else text[:at].rstrip()
