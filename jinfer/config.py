@@ -183,6 +183,9 @@ class ServerConfig:
     )
     max_logprobs: int = option(20, "most alternatives per position a request may ask for", low=0, high=20)
     chat_template: str | None = option(None, "file with a chat template, if not the model's own")
+    allow_special_tokens: bool = option(
+        False, "the text of a special token in a message becomes that token, instead of staying text"
+    )
     uvicorn_log_level: str = option(
         "warning",
         "log level of the HTTP layer",

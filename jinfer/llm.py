@@ -19,12 +19,10 @@ from jinfer.prompts import Prompt, read_prompts
 from jinfer.request import Completion, EmbeddingOutput, OutputDelta, RequestOutput, ScoreOutput
 from jinfer.sampling.params import SamplingParams
 from jinfer.scoring import join_pair, score_of
+from jinfer.text.chat import OPTIONS
 
 Message = Mapping[str, Any]
-TEMPLATE_OPTIONS = (
-    *("tools", "documents", "chat_template_kwargs"),
-    *("add_generation_prompt", "continue_final_message"),
-)
+TEMPLATE_OPTIONS = (*OPTIONS, "chat_template_kwargs", "allow_special_tokens")
 PROGRESS_FROM = 8  # shorter batches show no bar
 
 _numbers = itertools.count()
@@ -91,7 +89,8 @@ class LLM:
         Args:
           messages: a list of {"role": ..., "content": ...}, or a list of such lists.
           template_options: for the chat template: tools, documents, add_generation_prompt, continue_final_message,
-            chat_template_kwargs; see `ChatTemplate.render`.
+            chat_template_kwargs; see `ChatTemplate.render`. With allow_special_tokens=True the text of a special token
+            in a message becomes that token; else it stays text.
 
         Raises:
           RequestError: the model has no chat template, or a conversation is malformed.
@@ -107,8 +106,8 @@ class LLM:
             )
         several = bool(messages) and _is_list(messages[0])
         chats: list[Any] = list(messages) if several else [messages]
-        texts = [template.render(chat, **template_options) for chat in chats]
-        token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        made = [template.tokens(self.tokenizer, chat, **template_options) for chat in chats]
+        token_ids, texts = [ids for ids, _ in made], [text for _, text in made]
         params = self._per_prompt(sampling_params, len(texts))
         results = self._run(token_ids, texts, params, use_tqdm=use_tqdm)
         return [result.output() for result in results]

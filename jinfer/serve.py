@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     engine = AsyncEngine(engine_config)
     engine.start()
+    _in_background(_start_renderer)
     # The engine's thread loads and compiles outside Python's lock while these import.
     import asyncio
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say_ready() -> None:
         nonlocal was_ready
         was_ready = True
+        _in_background(state.prepare_chat_template)
         seconds = time.monotonic() - started
         print(
             f"jinfer ready in {seconds:.1f} s: {_url(config.host, sock)} serves {state.model_name}",
@@ -82,6 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave(None, status)
     engine.shutdown()
     return status
+
+
+def _in_background(function: Callable[[], None]) -> None:
+    threading.Thread(target=function, daemon=True).start()
+
+
+def _start_renderer() -> None:
+    """Starts the process that renders chat templates; one that does not start is reported by the first chat."""
+    from jinfer.text.render_pool import shared_pool
+
+    with contextlib.suppress(UserError):
+        shared_pool().start()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -17,10 +17,8 @@ from serve.requestlog import logger_for
 from serve.schemas import ChatBody, TemplateBody
 from serve.state import State
 
-# Names of the template's variables that have a field of their own in the request.
 # Variables by which templates switch thinking off.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
 async def answer_chat(state: State, body: ChatBody, deadline: float) -> Answer:
@@ -64,7 +62,8 @@ def prompt_ids(
             "continue_final_message needs an assistant message at the end", "continue_final_message"
         )
     begins = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    text = template.render(
+    ids, _ = template.tokens(
+        state.engine.tokenizer,
         messages,
         tools=tools,
         add_generation_prompt=begins,
@@ -73,18 +72,15 @@ def prompt_ids(
         documents=read_documents(body.documents),
         # Calls are forbidden: a template without a place for tools has nothing to say about them.
         tools_are_optional=True,
+        add_special_tokens=add_special_tokens,
+        allow_special_tokens=state.config.allow_special_tokens,
     )
-    return state.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return ids
 
 
 def _variables(template: Any, body: TemplateBody) -> dict[str, Any]:
     """chat_template_kwargs, and reasoning_effort under the name that the template has for it. Raises APIError."""
     extra = dict(body.chat_template_kwargs or {})
-    for name in RESERVED:
-        if name in extra:
-            raise bad_request(
-                f"chat_template_kwargs has {name!r}, which is a field of the request", "chat_template_kwargs"
-            )
     effort = body.reasoning_effort
     if effort is None:
         return extra

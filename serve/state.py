@@ -56,6 +56,11 @@ class State:
             return self._make_chat_template(self.engine)
         return self.engine.chat_template
 
+    def prepare_chat_template(self) -> None:
+        """Lets the template be studied before the first chat comes. Takes a fraction of a second."""
+        if self.chat_template is not None:
+            self.chat_template.prepare()
+
     @property
     def limits(self) -> Limits:
         priority = self.engine.config.scheduling_policy == "priority"

@@ -1,5 +1,8 @@
 """Chat templates: messages become the prompt that the model was trained on, as transformers renders it."""
 
+import contextlib
+import itertools
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,19 @@ from jinja2 import meta
 
 from jinfer.errors import ModelError, RequestError
 from jinfer.text.files import read_json, special_tokens
-from jinfer.text.rendering import Renderer
+from jinfer.text.plain import plain
+from jinfer.text.protected import ProtectedEncoder
+from jinfer.text.render_pool import RenderPool, WorkerDied, shared_pool
 from jinfer.text.sandbox import TemplateEnvironment
+from jinfer.text.template_needs import Needs
+from jinfer.text.tokenizer import Tokenizer
 
-# What `render` has arguments for.
-_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+# What `render` has arguments for, beside the messages and chat_template_kwargs.
+OPTIONS = ("tools", "documents", "add_generation_prompt", "continue_final_message")
+
+
+_CANNOT = "the model's chat template cannot render these messages"
+_KEYS = itertools.count()  # one for each template, by which the processes know them
 
 
 class ChatTemplate:
@@ -24,7 +35,8 @@ class ChatTemplate:
         exists.
       special_tokens: name (`"bos_token"`) to text; templates print them.
       max_characters: the largest prompt, in characters; a template that makes more is stopped.
-      max_seconds: the longest that one rendering may take.
+      max_seconds: the longest that one rendering may take, in CPU time.
+      pool: the processes that render; the default are those that every template of this process shares.
 
     Raises:
       ModelError: a template is not valid Jinja.
@@ -36,11 +48,15 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         max_characters: int = 16_000_000,
         max_seconds: float = 2.0,
+        pool: RenderPool | None = None,
     ) -> None:
         self._special_tokens = dict(special_tokens or {})
-        self._limits = (max_characters, max_seconds)
+        self._limits = {"max_characters": max_characters, "max_seconds": max_seconds}
+        self._pool = pool
         self._sources = dict(templates)
-        self._renderers: dict[str, Renderer] = {}
+        self._needs: dict[str, Any] = {}  # as a process found them out
+        self._keys: dict[tuple[str, bool], int] = {}
+        self._encoder: tuple[Tokenizer, ProtectedEncoder] | None = None
         self._reads: dict[str, set[str]] = {}  # the variables that a template looks at
         environment = TemplateEnvironment(max_characters, max_seconds)
         for name, source in templates.items():
@@ -83,13 +99,63 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
+        """The prompt of a conversation as text; see `tokens`, which keeps what the messages say from becoming special
+        tokens."""
+        return self._rendered(messages, tools, encoder=None, **options)[0]
+
+    def tokens(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_special_tokens: bool = False,
+        allow_special_tokens: bool = False,
+        **options: Any,
+    ) -> tuple[list[int], str]:
+        """The prompt of a conversation as token ids and as text.
+
+        Args:
+          tokenizer: the model's.
+          add_special_tokens: put what the tokenizer puts before a text (templates write their own).
+          allow_special_tokens: the text of a special token in a message, tool or document becomes that token; else it
+            is ordinary text.
+          options: as of `render`.
+        """
+        encoder = None if allow_special_tokens else self._guard(tokenizer)
+        text, mark = self._rendered(messages, encoder=encoder, **options)
+        if mark is None:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens), text
+        assert encoder is not None
+        return encoder.encode(text, mark, add_special_tokens), text.replace(mark, "")
+
+    def prepare(self) -> None:
+        """Starts a process that renders, and lets it study the templates: the first request finds both."""
+        for name in self._sources:
+            with contextlib.suppress(RequestError):
+                self._ask(name, None, None)
+
+    def needs(self, name: str | None = None) -> Needs:
+        """What a template needs of messages; of the default one where none is named."""
+        name = name or self._choose(None)
+        if name not in self._needs:
+            self._ask(name, None, None)
+        return Needs.from_json(self._needs[name])
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         tools_are_optional: bool = False,
-    ) -> str:
-        """The prompt of a conversation. Encode it with `add_special_tokens=False`: templates write their own.
+        *,
+        encoder: ProtectedEncoder | None = None,
+    ) -> tuple[str, str | None]:
+        """The prompt as text, and the mark in it.
 
         Args:
           messages: objects with a `role`; `content` is text, or a list of `{"type": "text", "text": ...}`.
@@ -123,19 +189,20 @@ class ChatTemplate:
                     "out, or put them into a message",
                     field,
                 )
-        extra = _plain(chat_template_kwargs or {})
+        extra = plain(chat_template_kwargs or {}, "chat_template_kwargs")
         self._check_read(name, extra)
-        return self._renderer(name).render(
-            {
-                "messages": _plain(list(messages)),
-                "tools": _plain(list(tools)) if tools else None,
-                "documents": _plain(list(documents)) if documents else None,
-                "variables": extra,
-                "add_generation_prompt": add_generation_prompt,
-                "continue_final_message": continue_final_message,
-                "tools_are_optional": tools_are_optional,
-            }
-        )
+        request = {
+            "messages": plain(list(messages), "messages"),
+            "tools": plain(list(tools), "tools") if tools else None,
+            "documents": plain(list(documents), "documents") if documents else None,
+            "variables": extra,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools_are_optional": tools_are_optional,
+            "allows_special_tokens": encoder is None,
+        }
+        answer = self._ask(name, request, encoder)
+        return answer["text"], answer["mark"]
 
     @property
     def shows_tools(self) -> bool:
@@ -155,10 +222,40 @@ class ChatTemplate:
             return next(iter(self._sources))
         raise RequestError(f"the model has chat templates {sorted(self._sources)}, and none is the default")
 
-    def _renderer(self, name: str) -> Renderer:
-        if name not in self._renderers:
-            self._renderers[name] = Renderer(self._sources[name], self._special_tokens, *self._limits)
-        return self._renderers[name]
+    def _ask(
+        self, name: str, request: dict[str, Any] | None, encoder: ProtectedEncoder | None
+    ) -> dict[str, Any]:
+        """The answer of a process that renders. Raises RequestError."""
+        guarded = encoder is not None and bool(encoder.special_texts)
+        template = {
+            "source": self._sources[name],
+            "special_tokens": self._special_tokens,
+            **self._limits,
+            "needs": self._needs.get(name),
+            "guarded": encoder.special_texts if encoder and guarded else [],
+            "guard_ignores_case": bool(encoder and encoder.ignores_case),
+        }
+        key = self._keys.setdefault((name, guarded), next(_KEYS))
+        seconds = self._limits["max_seconds"]
+        try:
+            answer = (self._pool or shared_pool()).ask(key, template, request, seconds)
+        except WorkerDied as error:
+            late = error.signal in (signal.SIGPROF, signal.SIGXCPU)
+            reason = (
+                f"it ran longer than {seconds:g} seconds" if late else "the process that renders it was ended"
+            )
+            answer = {"error": f"{_CANNOT}: {reason}", "param": "messages", "code": None}
+        if "needs" in answer:
+            self._needs[name] = answer["needs"]
+        if "error" in answer:
+            raise RequestError(answer["error"], answer["param"], answer["code"])
+        return answer
+
+    def _guard(self, tokenizer: Tokenizer) -> ProtectedEncoder:
+        if self._encoder is None or self._encoder[0] is not tokenizer:
+            self._encoder = (tokenizer, ProtectedEncoder(tokenizer))
+            self._keys = {}
+        return self._encoder[1]
 
     def _check_read(self, name: str, variables: dict[str, Any]) -> None:
         for variable, value in variables.items():
@@ -176,10 +273,10 @@ def _check_variables(variables: Any) -> None:
             f"chat_template_kwargs is a {type(variables).__name__}, expected an object of variables",
             "chat_template_kwargs",
         )
-    for name in _ARGUMENTS:
+    for name in ("messages", *OPTIONS):
         if name in (variables or {}):
             raise RequestError(
-                f"chat_template_kwargs has {name!r}, which is an argument of its own: give it there",
+                f"chat_template_kwargs has {name!r}, which is a field of the request",
                 "chat_template_kwargs",
             )
 
@@ -208,16 +305,3 @@ def _named_templates(value: Any) -> dict[str, str]:
     if templates is None or not all(isinstance(template, str) for template in templates.values()):
         raise ModelError("chat_template is neither text nor a list of objects with `name` and `template`")
     return templates
-
-
-def _plain(value: Any) -> Any:
-    """The value rebuilt of JSON's types only: a template could call any method of another object."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if callable(dump := getattr(value, "model_dump", None)):
-        return _plain(dump(exclude_none=True))
-    raise RequestError(f"a chat holds a {type(value).__name__}, expected JSON values", "messages")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -11,6 +11,7 @@ from jinfer.errors import RequestError
 from jinfer.text.dropped import check_shown
 from jinfer.text.messages import fit, refused, unusual_fields
 from jinfer.text.sandbox import TemplateEnvironment
+from jinfer.text.special_text import SpecialText, unescaped
 from jinfer.text.template_needs import ABSENT, Needs, study
 
 # Marks where the last message ends. Its trailing space shows whether the template trims what it prints.
@@ -25,24 +26,44 @@ class Renderer:
       source: Jinja source; a jinja2.TemplateSyntaxError where it is none.
       special_tokens: name (`"bos_token"`) to text; templates print them.
       max_characters, max_seconds: of one rendering.
+      needs: what `Needs.to_json` gave of this template; None: it is studied.
+      guarded: texts of special tokens, which strings of a request are not to become.
+      guard_ignores_case: in any case.
+      arm: called with the seconds that what follows may take at most.
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], max_characters: int, max_seconds: float
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        max_characters: int,
+        max_seconds: float,
+        *,
+        needs: Mapping[str, Any] | None = None,
+        guarded: Sequence[str] = (),
+        guard_ignores_case: bool = False,
+        arm: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        self._arm = arm
+        self._arm(max_seconds)
+        self._source = source
+        self._max_seconds = max_seconds
         self._special_tokens = dict(special_tokens)
         self._environment = TemplateEnvironment(max_characters, max_seconds)
         self._template = self._environment.from_string(source)
-        self.needs: Needs = study(self._environment.parse(source), self._probe)
+        self.needs = (
+            study(self._environment.parse(source), self._probe) if needs is None else Needs.from_json(needs)
+        )
+        self._special = SpecialText(guarded, self.needs.sought, guard_ignores_case)
 
-    def render(self, request: Mapping[str, Any]) -> str:
-        """The prompt of a request.
+    def render(self, request: Mapping[str, Any]) -> tuple[str, str | None]:
+        """The prompt of a request; and the mark in it that tells a client's text from special tokens, if there is one.
 
         Where no tool may be called, tools that the template cannot show are left out.
 
         Args:
           request: `messages`, `tools`, `documents`, `variables`, `add_generation_prompt`, `continue_final_message`,
-            and `tools_are_optional`.
+            `tools_are_optional`, and `allows_special_tokens`.
 
         Raises:
           RequestError: the messages cannot be rendered, or not without losing something of them.
@@ -58,33 +79,41 @@ class Renderer:
                 pass
             raise
 
-    def _render(self, request: Mapping[str, Any]) -> str:
+    def _render(self, request: Mapping[str, Any]) -> tuple[str, str | None]:
         messages = fit(request["messages"], self.needs)
-        variables = {
-            **self._special_tokens,
-            **request["variables"],
+        given = {
             "messages": messages,
             "tools": request["tools"] or self.needs.empty_tools,
             "documents": request["documents"],
-            "add_generation_prompt": request["add_generation_prompt"],
+            **request["variables"],
         }
-        if variables["tools"] == ABSENT:
-            del variables["tools"]
+        if given["tools"] == ABSENT:
+            del given["tools"]
+        own = {**self._special_tokens, "add_generation_prompt": request["add_generation_prompt"]}
+        marked, mark = given, None
+        if not request["allows_special_tokens"]:
+            marked, mark = self._special.mark(given, self._source)
         ending = None
         if request["continue_final_message"]:
-            variables["messages"] = [*messages[:-1], dict(messages[-1])]
-            ending = self._mark_end(variables["messages"][-1])
-        text = self._rendered(variables)
+            last = dict(marked["messages"][-1])
+            marked = {**marked, "messages": [*marked["messages"][:-1], last]}
+            ending = self._mark_end(last)
+        text = self._rendered(own | marked)
+        if mark is not None:
+            text = unescaped(text, mark)
         if ending is not None:
             text = _cut_at_mark(text, ending)
-        check_shown(text, variables, self.needs, self._make, request["tools_are_optional"])
-        self._check_unusual(variables)
-        return text
+        clean = text if mark is None else text.replace(mark, "")
+        check_shown(clean, own | given, self.needs, self._make, request["tools_are_optional"])
+        self._check_unusual(own | given)
+        return text, mark if mark is not None and mark in text else None
 
     def _probe(self, variables: dict[str, Any]) -> str:
+        self._arm(_PROBE_SECONDS)
         return self._environment.render(self._template, {**self._special_tokens, **variables}, _PROBE_SECONDS)
 
     def _make(self, variables: dict[str, Any]) -> str:
+        self._arm(self._max_seconds)
         return self._environment.render(self._template, variables)
 
     def _rendered(self, variables: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.max_characters = max_characters
         self.max_seconds = max_seconds
         self._running = threading.local()
-        self.filters["tojson"] = _to_json
+        self.filters["tojson"] = self._to_json
         for name in _AMPLIFIERS & self.filters.keys():
             self.filters[name] = self._measured(name, self.filters[name])
         self.filters[_TICK] = jinja2.pass_context(lambda context, value: self._tick())
@@ -83,7 +83,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     @contextlib.contextmanager
     def _deadline(self, seconds: float) -> Iterator[None]:
-        self._running.deadline = time.monotonic() + seconds
+        # Of this thread's own time: a busy machine is no fault of the template's.
+        self._running.deadline = time.thread_time() + seconds
         try:
             yield
         finally:
@@ -91,7 +92,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def _tick(self) -> str:
         deadline = getattr(self._running, "deadline", None)
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and time.thread_time() > deadline:
             raise TemplateLimitError(f"it ran longer than {self.max_seconds:g} seconds")
         return ""
 
@@ -142,6 +143,30 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
         measured.__dict__.update(filter.__dict__)
         return measured
+
+    def _to_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """JSON. Jinja's own filter escapes HTML, which a prompt must not.
+
+        With an indent or separators the text can be far larger than the value: it is counted piece by piece.
+        """
+        encoder = json.JSONEncoder(
+            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        if indent is None and separators is None:
+            return encoder.encode(value)
+        parts, size = [], 0
+        for part in encoder.iterencode(value):
+            size += len(part)
+            self._check_size(size)
+            parts.append(part)
+        return "".join(parts)
 
     def _check_amplifier(self, name: str, owner: Any, given: tuple[Any, ...]) -> None:
         for value in given:
@@ -208,19 +233,6 @@ def _refuse_private(name: object) -> None:
 
 def _raise_exception(message: object) -> None:
     raise jinja2.TemplateError(str(message))
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which a prompt must not.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 def _size(value: Any) -> int:
