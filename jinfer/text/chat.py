@@ -15,6 +15,7 @@ from jinfer.text.files import read_json, special_tokens
 from jinfer.text.plain import plain
 from jinfer.text.protected import ProtectedEncoder
 from jinfer.text.render_pool import RenderPool, WorkerDied, shared_pool
+from jinfer.text.rendering import CANNOT_RENDER
 from jinfer.text.sandbox import TemplateEnvironment
 from jinfer.text.template_needs import Needs
 from jinfer.text.tokenizer import Tokenizer
@@ -23,7 +24,6 @@ from jinfer.text.tokenizer import Tokenizer
 OPTIONS = ("tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
-_CANNOT = "the model's chat template cannot render these messages"
 _KEYS = itertools.count()  # one for each template, by which the processes know them
 
 
@@ -244,7 +244,7 @@ class ChatTemplate:
             reason = (
                 f"it ran longer than {seconds:g} seconds" if late else "the process that renders it was ended"
             )
-            answer = {"error": f"{_CANNOT}: {reason}", "param": "messages", "code": None}
+            answer = {"error": f"{CANNOT_RENDER}: {reason}", "param": "messages", "code": None}
         if "needs" in answer:
             self._needs[name] = answer["needs"]
         if "error" in answer:

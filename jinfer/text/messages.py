@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinfer.errors import RequestError
+from jinfer.text.plain import plain
 from jinfer.text.template_needs import ABSENT, REASONING_FIELDS, Needs
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -220,9 +221,11 @@ def _with_arguments(function: dict[str, Any], where: str, needs: Needs) -> dict[
 def read_json(text: str, where: str) -> Any:
     """The value of a tool call's arguments. Raises RequestError."""
     try:
-        return json.loads(text)
+        return plain(json.loads(text), f"{where}: arguments")
     except RecursionError:
         raise refused(f"{where} has arguments that are nested too deeply") from None
+    except RequestError:
+        raise
     except ValueError as error:
         raise refused(f"{where} has arguments that are not JSON ({error})") from error
 

@@ -16,13 +16,15 @@ def plain(value: Any, where: str, depth: int = MAX_DEPTH) -> Any:
     """The value rebuilt of JSON's types: another object has methods, and no way to the process that renders.
 
     Raises:
-      RequestError: it holds something else, or is nested deeper than `depth`; `param` is `where`.
+      RequestError: it holds something else, or is nested deeper than `depth`; `param` is the field that
+        `where` begins with.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
     if depth == 0:
         raise RequestError(
-            f"{where} is nested more than {MAX_DEPTH} levels deep, expected at most that: flatten it", where
+            f"{where} is nested more than {MAX_DEPTH} levels deep, expected at most that: flatten it",
+            where.partition("[")[0],
         )
     if isinstance(value, Mapping):
         return {str(key): plain(item, where, depth - 1) for key, item in value.items()}

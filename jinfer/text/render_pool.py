@@ -139,7 +139,11 @@ class RenderPool:
             worker.close()
             self._give(None)
             raise
-        self._give(worker)
+        if answer.pop("last", False):
+            worker.close()
+            self._give(None)
+        else:
+            self._give(worker)
         return answer
 
     def close(self) -> None:

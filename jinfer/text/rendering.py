@@ -17,6 +17,7 @@ from jinfer.text.template_needs import ABSENT, Needs, study
 # Marks where the last message ends. Its trailing space shows whether the template trims what it prints.
 _END_MARK = "END_OF_THE_MESSAGE_TO_CONTINUE "
 _PROBE_SECONDS = 0.5
+CANNOT_RENDER = "the model's chat template cannot render these messages"
 
 
 class Renderer:
@@ -127,8 +128,7 @@ class Renderer:
             # A template that meets a field it does not expect fails with whatever Python raises there.
             reason = f"{type(error).__name__}: {error}"
         raise refused(
-            f"the model's chat template cannot render these messages: {reason}. Check the roles, their order "
-            "and the fields of each message"
+            f"{CANNOT_RENDER}: {reason}. Check the roles, their order and the fields of each message"
         )
 
     def _check_unusual(self, variables: dict[str, Any]) -> None:

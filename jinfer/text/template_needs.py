@@ -219,7 +219,7 @@ class _Probes:
         try:
             # A copy: no probe sees what a template did to the one before.
             return self._render(json.loads(json.dumps(given | variables))).lower()
-        except TemplateLimitError:
+        except (TemplateLimitError, MemoryError):
             self._deadline = 0.0  # a template that takes too long over a greeting is tried no further
             return None
         except Exception:

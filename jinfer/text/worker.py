@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from jinfer.errors import RequestError
-from jinfer.text.rendering import Renderer
+from jinfer.text.rendering import CANNOT_RENDER, Renderer
 
 MEMORY = 128 * 1024 * 1024  # bytes above what the process starts with, for any request
 MEMORY_PER_BYTE = (
@@ -42,12 +42,12 @@ def main(descriptor: int) -> None:
             data = connection.recv_bytes()
         except (EOFError, OSError):
             return
-        answer, is_last = worker.answer(data)
+        answer = worker.answer(data)
         try:
             connection.send_bytes(answer)
         except OSError:
             return
-        if is_last:
+        if worker.is_tired:
             return
 
 
@@ -56,23 +56,28 @@ class _Worker:
         self._renderers: OrderedDict[int, Renderer] = OrderedDict()
         self._base_bytes = _address_space()
         self._base_peak = _peak()
+        self.is_tired = False
 
-    def answer(self, data: bytes) -> tuple[bytes, bool]:
-        """The answer to one request, and whether it is this process's last."""
+    def answer(self, data: bytes) -> bytes:
+        """The answer to one request; where `is_tired` is true afterwards, it says that it is the last."""
         try:
             _limit_memory(self._base_bytes + MEMORY + MEMORY_PER_BYTE * len(data))
-            answer = json.dumps(self._answer(json.loads(data))).encode()
+            return self._closed(self._answer(json.loads(data)))
         except MemoryError:
             self._renderers.clear()
             gc.collect()
-            return _fault("it needs more memory than a request may take"), True
+            self.is_tired = True
+            return self._closed(_fault("it needs more memory than a request may take"))
         except RequestError as error:
-            return _fault(str(error), error.param, error.code), self._is_tired()
+            return self._closed({"error": str(error), "param": error.param, "code": error.code})
         except Exception as error:
-            return _fault(f"{type(error).__name__}: {error}"), self._is_tired()
+            return self._closed(_fault(f"{type(error).__name__}: {error}"[:500]))
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        return answer, self._is_tired()
+
+    def _closed(self, answer: dict[str, Any]) -> bytes:
+        self.is_tired |= _peak() - self._base_peak > TIRED
+        return json.dumps(answer | {"last": True} if self.is_tired else answer).encode()
 
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
         key, template = job["key"], job.get("template")
@@ -95,12 +100,9 @@ class _Worker:
                 answer |= {"error": str(error), "param": error.param, "code": error.code}
         return answer
 
-    def _is_tired(self) -> bool:
-        return _peak() - self._base_peak > TIRED
 
-
-def _fault(reason: str, param: str | None = "messages", code: str | None = None) -> bytes:
-    return json.dumps({"error": reason, "param": param, "code": code}).encode()
+def _fault(reason: str) -> dict[str, Any]:
+    return {"error": f"{CANNOT_RENDER}: {reason}", "param": "messages", "code": None}
 
 
 def _arm(seconds: float) -> None:

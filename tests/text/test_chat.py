@@ -160,7 +160,9 @@ def test_continuing_what_the_template_drops_is_refused():
         {"default": "{% for m in messages if m.content == 'x' %}{{ m.content }}{% endfor %}"}
     )
     with pytest.raises(RequestError, match="leaves out or changes the last message"):
-        template.render([{"role": "user", "content": "y"}], None, False, True)
+        template.render(
+            [{"role": "user", "content": "y"}], add_generation_prompt=False, continue_final_message=True
+        )
 
 
 def found(folder) -> ChatTemplate:
