@@ -14,8 +14,10 @@ if __name__ == "__main__":
     # the process stands: a traceback, or an abort where the engine's thread is in the middle of a compilation.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
 
+import contextlib
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path

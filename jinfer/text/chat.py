@@ -50,7 +50,7 @@ class ChatTemplate:
         max_seconds: float = 2.0,
         pool: RenderPool | None = None,
     ) -> None:
-        self._special_tokens = dict(special_tokens or {})
+        self.special_tokens = dict(special_tokens or {})
         self._limits = {"max_characters": max_characters, "max_seconds": max_seconds}
         self._pool = pool
         self._sources = dict(templates)
@@ -138,7 +138,7 @@ class ChatTemplate:
 
     def needs(self, name: str | None = None) -> Needs:
         """What a template needs of messages; of the default one where none is named."""
-        name = name or self._choose(None)
+        name = name or self.choose()
         if name not in self._needs:
             self._ask(name, None, None)
         return Needs.from_json(self._needs[name])
@@ -181,7 +181,7 @@ class ChatTemplate:
         _check_variables(chat_template_kwargs)
         if tools and tools_are_optional and not self.shows_tools:
             tools = None
-        name = self._choose(tools)
+        name = self.choose(tools)
         for field, given in (("tools", tools), ("documents", documents)):
             if given and field not in self._reads[name] and (name, field) != ("tool_use", "tools"):
                 raise RequestError(
@@ -213,7 +213,12 @@ class ChatTemplate:
         """Whether any of the templates looks at a variable."""
         return any(variable in names for names in self._reads.values())
 
-    def _choose(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def source(self, name: str) -> str:
+        """The Jinja source of a template."""
+        return self._sources[name]
+
+    def choose(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The name of the template that a request with or without tools is rendered by."""
         if tools and "tool_use" in self._sources:
             return "tool_use"
         if "default" in self._sources:
@@ -229,7 +234,7 @@ class ChatTemplate:
         guarded = encoder is not None and bool(encoder.special_texts)
         template = {
             "source": self._sources[name],
-            "special_tokens": self._special_tokens,
+            "special_tokens": self.special_tokens,
             **self._limits,
             "needs": self._needs.get(name),
             "guarded": encoder.special_texts if encoder and guarded else [],

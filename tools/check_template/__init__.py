@@ -1,0 +1,1 @@
+"""Tries a chat template with the histories that clients send; see `__main__.py`."""
