@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
 from jinfer import OutputDelta, SamplingParams
@@ -43,6 +44,7 @@ REQUEST_BUCKETS = (
 )
 TOKEN_BUCKETS = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))
 CHOICES_BUCKETS = (1, 2, 5, 10, 20, 50)
+PREEMPTION_BUCKETS = (0, 1, 2, 5, 10, 20, 50)
 
 # Histograms filled while requests run: attribute of Metrics, name, what it is, buckets.
 HISTOGRAMS = (
@@ -63,6 +65,12 @@ HISTOGRAMS = (
     ("generation_tokens", "request_generation_tokens", "tokens generated for a choice", TOKEN_BUCKETS),
     ("choices", "request_params_n", "choices that a request asks for", CHOICES_BUCKETS),
     ("max_tokens", "request_params_max_tokens", "most tokens that a choice may have", TOKEN_BUCKETS),
+    (
+        "preemptions",
+        "request_num_preemptions",
+        "times a choice was put back into the queue for want of pages",
+        PREEMPTION_BUCKETS,
+    ),
 )
 
 # name, what it is, attribute of EngineStats
@@ -85,9 +93,15 @@ COUNTERS = (
     ("prefix_cache_queries", "prompt tokens looked up in the prefix cache", "prefix_cache_queries"),
     ("prefix_cache_hits", "prompt tokens found in the prefix cache", "prefix_cache_hits"),
     ("prompt_tokens", "prompt tokens processed", "prompt_tokens"),
+    ("prompt_tokens_cached", "those of them that the prefix cache had", "prompt_tokens_cached"),
     ("generation_tokens", "tokens generated", "generation_tokens"),
     ("num_preemptions", "requests put back into the queue for want of pages", "num_preemptions"),
     ("recompiles", "steps compiled after warm-up; more than 0 is a fault", "recompiles"),
+    (
+        "request_not_finite",
+        "choices that ended with an error because the model's output was NaN or infinite; more than 0 is a fault",
+        "num_not_finite",
+    ),
 )
 
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
@@ -112,6 +126,7 @@ class Metrics:
     generation_tokens: Histogram
     choices: Histogram
     max_tokens: Histogram
+    preemptions: Histogram
 
     def __init__(self, model_name: str, read_stats: Callable[[], Any], prefix: str = "jinfer:") -> None:
         self.registry = CollectorRegistry(auto_describe=False)
@@ -168,6 +183,26 @@ class _EngineFigures:
         for reason, count in counts.items():
             finished.add_metric([*self._labels, str(reason)], count)
         yield finished
+        if stats is not None:
+            yield self._step_tokens(stats.step_tokens)
+            yield self._cache_config(stats.cache_config)
+
+    def _step_tokens(self, steps: Any) -> Metric:
+        histogram = HistogramMetricFamily(
+            self._prefix + "iteration_tokens_total", "tokens that a step computes", labels=[LABEL]
+        )
+        counts = itertools.accumulate(steps.counts)
+        bounds = [*(str(float(bound)) for bound in steps.buckets), "+Inf"]
+        histogram.add_metric(self._labels, list(zip(bounds, counts, strict=True)), sum_value=steps.total)
+        return histogram
+
+    def _cache_config(self, facts: Mapping[str, str]) -> Metric:
+        names, values = zip(*sorted(facts.items()), strict=True)
+        info = GaugeMetricFamily(
+            self._prefix + "cache_config_info", "how the KV cache is set up; always 1", labels=[LABEL, *names]
+        )
+        info.add_metric([*self._labels, *values], 1)
+        return info
 
     def _collect_groups(self, groups: Iterable[Any]) -> Iterator[Metric]:
         for name, text, attribute in GROUP_GAUGES:
@@ -228,23 +263,20 @@ class RequestClock:
         tokens = self._counts.get((prompt, delta.index), 0)
         if params is not None:
             metrics.generation_tokens.observe(tokens)
+        metrics.preemptions.observe(delta.num_preemptions)
         times = delta.timings
         if times is None:
             return
-        decode = _span(times.first_token, times.finished)
         spans = (
-            (metrics.queue, _span(times.arrival, times.scheduled)),
-            (metrics.prefill, _span(times.scheduled, times.first_token)),
-            (metrics.decode, decode),
-            (metrics.inference, _span(times.scheduled, times.finished)),
-            (metrics.whole, _span(times.arrival, times.finished)),
+            (metrics.queue, times.queue),
+            (metrics.prefill, times.prefill),
+            (metrics.decode, times.decode),
+            (metrics.inference, times.inference),
         )
         for histogram, seconds in spans:
             if seconds is not None:
                 histogram.observe(seconds)
-        if decode is not None and tokens > 1:
-            metrics.per_token.observe(decode / (tokens - 1))
-
-
-def _span(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else end - start
+        if times.finished is not None:
+            metrics.whole.observe(times.finished - times.arrival)
+        if times.decode is not None and tokens > 1:
+            metrics.per_token.observe(times.decode / (tokens - 1))

@@ -22,6 +22,11 @@ def _no_float_for_int(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _none_for_false(value: Any) -> Any:
+    """Clients that know the chat's `logprobs`, a boolean, send false for none."""
+    return None if value is False else value
+
+
 Int = Annotated[int, BeforeValidator(_no_float_for_int)]
 
 
@@ -120,10 +125,10 @@ class SamplingBody(Body):
     top_k: Int | None = ranged(-1, LARGEST, help="0 and -1: all")
     min_p: float | None = ranged(0, 1)
     n: Int | None = ranged(1, 64)
-    seed: Int | None = ranged(-(2**63), 2**63 - 1)
+    seed: Int | None = ranged(-(2**63), 2**63 - 1, help="-1: a random one")
     presence_penalty: float | None = ranged(-2, 2)
     frequency_penalty: float | None = ranged(-2, 2)
-    repetition_penalty: float | None = ranged(above=0, high=100)
+    repetition_penalty: float | None = ranged(1e-6, 100)
     logit_bias: Bias = None
     stop: Stops = None
     stop_token_ids: TokenIds = None
@@ -169,7 +174,7 @@ class CompletionBody(SamplingBody):
     max_tokens: Int | None = ranged(0, LARGEST, help="16 if left out; 0 makes no output, for echo")
     prompt: Prompts = None
     echo: bool | None = None
-    logprobs: Int | None = ranged(0, 20)
+    logprobs: Annotated[Int | None, BeforeValidator(_none_for_false)] = ranged(0, 20)
 
 
 class EmbeddingBody(Body):

@@ -56,6 +56,23 @@ def test_an_echo_whose_last_character_the_output_completes(jinfer_server):
     assert answer["logprobs"]["text_offset"] == [0, 0, 0, 0]
 
 
+def test_the_engines_figures_reach_the_metrics(jinfer_server):
+    def figure(name: str, labels: str = "") -> float:
+        text = httpx.get(jinfer_server.url + "/metrics").text
+        (found,) = re.findall(rf"^jinfer:{name}\{{{labels}[^}}]*\}} (\S+)$", text, re.MULTILINE)
+        return float(found)
+
+    before = [figure(name) for name in ("request_prompt_tokens_sum", "iteration_tokens_total_sum")]
+    body = {"prompt": [5, 6, 7, 8], "max_tokens": 3, "ignore_eos": True, "n": 2}
+    httpx.post(jinfer_server.url + "/v1/completions", json=body).raise_for_status()
+    httpx.post(jinfer_server.url + "/v1/embeddings", json={"input": [9, 10, 11]}).raise_for_status()
+    assert figure("request_prompt_tokens_sum") == before[0] + 4 + 3
+    # Two choices share the prompt's step; a step in flight when they end may compute more.
+    assert figure("iteration_tokens_total_sum") >= before[1] + 4 + 2 * 2 + 3
+    assert figure("cache_config_info", 'block_size="8",') == 1
+    assert figure("request_num_preemptions_sum") == figure("request_not_finite_total") == 0
+
+
 def test_the_bundled_model_answers(jinfer_sdk):
     question: list[Any] = [{"role": "user", "content": "Tell me a story."}]
     asked: dict[str, Any] = {

@@ -148,6 +148,10 @@ def test_prompt_logprobs(client, engine):
     assert engine.seen[0].params.prompt_logprobs == 2
 
 
+def test_false_asks_for_no_logprobs(client):
+    assert client.complete("hi", logprobs=False).json()["choices"][0]["logprobs"] is None
+
+
 def test_each_kind_of_logprobs_has_the_count_it_asked_for(client):
     asked = {"prompt_logprobs": 2, "echo": True, "logprobs": 1, "max_tokens": 1}
     answer = client.complete([5, 6], **asked).json()["choices"][0]

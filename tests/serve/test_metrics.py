@@ -31,6 +31,8 @@ def test_metrics(client, engine):
         "prompt_tokens_total": 1234,
         "generation_tokens_total": 567,
         "num_preemptions_total": 2,
+        "prompt_tokens_cached_total": 321,
+        "request_not_finite_total": 1,
         "recompiles_total": 0,
     }.items():
         assert values["jinfer:" + name, ()] == value, name
@@ -56,9 +58,15 @@ def test_metrics(client, engine):
         ("request_params_n", 4, 2 + 3),
         ("request_params_max_tokens", 4, 5 + 3 + 3 + 100),
         ("request_generation_tokens", 5, 2 * 5 + 2 * 3 + len(engine.reply) + 1),
+        ("request_num_preemptions", 5, 0),
     ):
         assert values[f"jinfer:{name}_count", ()] == count, name
         assert values[f"jinfer:{name}_sum", ()] == total, name
+    # Steps come from the engine as they are counted there.
+    buckets = [values["jinfer:iteration_tokens_total_bucket", (("le", le),)] for le in ("1.0", "8.0", "+Inf")]
+    assert buckets == [5, 7, 8]
+    assert values["jinfer:iteration_tokens_total_sum", ()] == 35
+    assert values["jinfer:cache_config_info", (("block_size", "8"), ("num_gpu_blocks", "64"))] == 1
     assert 'model_name="fake"' in response.text
 
 
@@ -120,15 +128,19 @@ def test_the_prefix_of_metrics(make_client):
     # What dashboards and gateways made for vLLM read.
     for name in (
         *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"),
-        *("prompt_tokens_total", "generation_tokens_total"),
+        *("prompt_tokens_total", "generation_tokens_total", "prompt_tokens_cached_total"),
         *(
             "prefix_cache_queries_total",
             "prefix_cache_hits_total",
             "request_success_total",
-            "request_success_total",
+            "cache_config_info",
         ),
         *("request_prompt_tokens_bucket", "request_generation_tokens_bucket", "request_params_n_bucket"),
-        *("request_params_max_tokens_bucket",),
+        *(
+            "request_params_max_tokens_bucket",
+            "iteration_tokens_total_bucket",
+            "request_num_preemptions_bucket",
+        ),
         *("time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket"),
         *("request_time_per_output_token_seconds_bucket", "e2e_request_latency_seconds_bucket"),
         *("request_queue_time_seconds_bucket", "request_inference_time_seconds_bucket"),
