@@ -20,6 +20,7 @@ from jinfer.admission import Admission, check_salt, choice_seed, read_priority
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_end_ids
 from jinfer.errors import JinferError, RequestError, RequestFailedError
+from jinfer.interrupts import uninterrupted
 from jinfer.kv_plan import plan_kv
 from jinfer.models.decoder import Params
 from jinfer.outputs import OutputStream
@@ -43,7 +44,10 @@ NOT_FINITE_MESSAGE = (
 
 
 class Engine:
-    """One model on one mesh. Not thread-safe: one thread owns it (see `AsyncEngine`)."""
+    """One model on one mesh. Not thread-safe: one thread owns it (see `AsyncEngine`).
+
+    Where that is the main thread, signal handlers (Ctrl-C, an alarm) run between its methods, never within one.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         prepare_platform(config)
@@ -114,6 +118,7 @@ class Engine:
         """Raises RequestError if a request with these could not run; `prompt_only`: see `add_request`."""
         self.admission.check(prompt_token_ids, params, prompt_only=prompt_only)
 
+    @uninterrupted
     def add_request(
         self,
         request_id: str,
@@ -199,6 +204,7 @@ class Engine:
         fixed = self.model_config.fixed_angles_length
         return fixed is None or prompt_length <= fixed
 
+    @uninterrupted
     def abort(self, request_id: str, *, silent: bool = False) -> None:
         """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have ended.
 
@@ -207,14 +213,18 @@ class Engine:
         for request in self.scheduler.abort(request_id):
             self._close(request, silent)
 
+    @uninterrupted
     def fail_all(self, message: str) -> list[OutputDelta]:
         """Ends everything with an error: the engine's own fault."""
+        self._fail_streams(message)
+        deltas, self._ended = self._ended, []
+        return deltas
+
+    def _fail_streams(self, message: str) -> None:
         for request in list(self._streams):
             self._fail(request, message)
         self._pending = None
         self.scheduler.reset_prefix_cache()
-        deltas, self._ended = self._ended, []
-        return deltas
 
     def _fail(self, request: Request, message: str) -> None:
         stream = self._streams.pop(request)
@@ -238,10 +248,12 @@ class Engine:
 
     # Steps
 
+    @uninterrupted
     def step(self) -> list[OutputDelta]:
         """Dispatches the next step and returns what the one before (with overlap) or this one yielded.
 
-        If it raises, tokens are lost: end what runs with `abort` or `fail_all`.
+        If it raises, tokens are lost: end what runs with `abort` or `fail_all`. Where the KV was lost too, every request
+        has failed, and the next step says so.
         """
         try:
             return self._step()
@@ -251,6 +263,9 @@ class Engine:
             # The scheduler has ended these already, so no abort finds them: the next step tells of their end.
             for request in [r for r in self._streams if r.finished]:
                 self._fail(request, "the step that ended it failed, and its last tokens are lost")
+            if self.runner.lost_state():
+                self._fail_streams("a step failed, and the keys and values of all requests are lost with it")
+                self.runner.make_state()
             raise
 
     def _step(self) -> list[OutputDelta]:
@@ -396,6 +411,7 @@ class Engine:
         while self.has_unfinished:
             yield from self.step()
 
+    @uninterrupted
     def update_weights(self, params: Params) -> None:
         """Swaps the weights for others of the same shapes, in place and without recompiling.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from jinfer.config import EngineConfig
 from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine
 from jinfer.errors import RequestError, RequestFailedError
+from jinfer.interrupts import HeldSignals, held_signals
 from jinfer.models.decoder import Params
 from jinfer.pooling import EMBED, OwnPooling, PoolingParams
 from jinfer.prompts import Prompt, read_prompts
@@ -24,12 +27,17 @@ from jinfer.text.chat import OPTIONS
 Message = Mapping[str, Any]
 TEMPLATE_OPTIONS = (*OPTIONS, "chat_template_kwargs", "allow_special_tokens")
 PROGRESS_FROM = 8  # shorter batches show no bar
+SIGNAL_SECONDS = 0.1  # a call that waits for another thread's looks this often whether it was interrupted
 
 _numbers = itertools.count()
 
 
 class LLM:
     """One model, ready to answer batches.
+
+    Threads may share it: their calls wait for each other. A call from within a running one, as a signal handler could
+    make it, is refused. Ctrl-C, or whatever else a signal handler raises, ends a batch between two steps: nothing of it
+    is returned, and the next call finds an idle engine.
 
     Args:
       model: folder, hub id, or the bundled model's name.
@@ -42,6 +50,9 @@ class LLM:
         self.engine = Engine(EngineConfig(**options))
         self._defaults = generation_defaults(self.engine.config.generation_config, self.engine.folder)
         self._own_pooling = OwnPooling(self.engine.folder)
+        self._lock = threading.RLock()  # held by the call that uses the engine
+        self._in_use = False  # changed by the holder of the lock
+        self._left_over: list[str] = []  # requests of a batch that is running, or whose end was cut off
 
     @property
     def tokenizer(self):
@@ -182,7 +193,8 @@ class LLM:
 
     def update_weights(self, params: Params) -> None:
         """Swaps the weights in place, without recompiling; see `Engine.update_weights`."""
-        self.engine.update_weights(params)
+        with held_signals() as signals, self._turn(signals):
+            self.engine.update_weights(params)
 
     def _read(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[list[int]], list[str | None]]:
         """Token ids and, where it was given, the text of each prompt."""
@@ -228,22 +240,57 @@ class LLM:
         }
         waiting = list(zip(ids, prompts, params, priority or [0] * len(ids), strict=True))[::-1]
         bar = tqdm(total=len(ids), unit=unit, disable=not use_tqdm or len(ids) < PROGRESS_FROM)
-        try:
-            with bar:
-                self._feed(waiting, pooling, prompt_only)
-                while self.engine.has_unfinished:
-                    for delta in self.engine.step():
-                        if delta.request_id in results and results[delta.request_id].add(delta):
-                            bar.update()
+        with held_signals() as signals, self._turn(signals):
+            self._abandon()
+            self._left_over = ids
+            try:
+                with bar:
                     self._feed(waiting, pooling, prompt_only)
-        except BaseException:
-            # An interrupted batch leaves an engine that can go on.
-            for request_id in ids:
-                self.engine.abort(request_id)
+                    while self.engine.has_unfinished:
+                        for delta in self.engine.step():
+                            if delta.request_id in results and results[delta.request_id].add(delta):
+                                bar.update()
+                        signals.deliver()
+                        self._feed(waiting, pooling, prompt_only)
+            finally:
+                self._abandon()
+        return [results[request_id] for request_id in ids]
+
+    @contextlib.contextmanager
+    def _turn(self, signals: HeldSignals) -> Iterator[None]:
+        """The engine, for the caller alone; waits for the other threads' calls.
+
+        Raises:
+          RequestError: this thread is in the midst of another call.
+        """
+        while not self._lock.acquire(timeout=SIGNAL_SECONDS):
+            signals.deliver()
+        try:
+            if self._in_use:
+                raise RequestError(
+                    "this LLM is in the midst of another call of the same thread: call it when that one has returned, "
+                    "and not from a signal handler or callback"
+                )
+            self._in_use = True
+            try:
+                yield
+            finally:
+                self._in_use = False
+        finally:
+            self._lock.release()
+
+    def _abandon(self) -> None:
+        """Ends what is left of a batch, so that the engine can go on."""
+        if not self._left_over:
+            return
+        for request_id in self._left_over:
+            self.engine.abort(request_id)
+        try:
             for _ in self.engine.drain():
                 pass
-            raise
-        return [results[request_id] for request_id in ids]
+        except Exception:
+            self.engine.fail_all("its batch has failed")
+        self._left_over = []
 
     def _check(
         self,

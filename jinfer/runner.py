@@ -29,7 +29,7 @@ from jinfer.request import RequestFault, TokenLogprobs
 from jinfer.sampling.features import needs_tables
 from jinfer.sampling.sample import Logprobs
 from jinfer.schedule.batch import Batch
-from jinfer.slots import SlotState, load_tables, slot_tables, write_pages
+from jinfer.slots import load_tables, slot_tables, write_pages
 from jinfer.step import Pooled, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,9 @@ class Runner:
         self.is_preparing = False  # compiles a step, or takes over weights: no step can end meanwhile
         self.prepared_time = 0.0  # when that last ended
         self._compiled: dict[StepShape, Any] = {}
-        self.kv = self._zeros(self.programs.kv)
-        self.slots: SlotState = self._zeros(self.programs.slots)
+        self.kv: Any = None
+        self.slots: Any = None  # a SlotState
+        self.make_state()
         slot_shardings = jax.tree.map(lambda x: x.sharding, self.programs.slots)
         self._load_tables = jax.jit(load_tables, donate_argnums=0, out_shardings=slot_shardings)
         self._write_pages = jax.jit(write_pages, donate_argnums=0, out_shardings=slot_shardings.page_tables)
@@ -97,6 +98,23 @@ class Runner:
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract), out_shardings=shardings
         )
         return make()
+
+    def make_state(self) -> None:
+        """KV and slots, all zero."""
+        self.kv = self.slots = None  # first, so that no two are there at once
+        self.kv = self._zeros(self.programs.kv)
+        self.slots = self._zeros(self.programs.slots)
+
+    def lost_state(self) -> bool:
+        """After a step that failed: whether KV and slots went with it, so that `make_state` has to make new ones."""
+        arrays = jax.tree.leaves((self.kv, self.slots))
+        try:
+            # What a failed program was to write raises what the program raised; what was donated to it raises too.
+            jax.block_until_ready(arrays)
+        except Exception:
+            logger.warning("a failed step took the KV pages with it", exc_info=True)
+            return True
+        return self.slots is None or any(array.is_deleted() for array in arrays)
 
     # Compiling
 
