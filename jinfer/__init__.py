@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         QueueFullError,
         RequestError,
         UserError,
+        WeightsError,
     )
     from jinfer.llm import LLM
     from jinfer.models.functional import forward, load_params
@@ -65,6 +66,7 @@ _HOMES = {
     "QueueFullError": "jinfer.errors",
     "RequestError": "jinfer.errors",
     "UserError": "jinfer.errors",
+    "WeightsError": "jinfer.errors",
     "forward": "jinfer.models.functional",
     "load_params": "jinfer.models.functional",
 }
@@ -91,6 +93,7 @@ __all__ = [
     "ServerConfig",
     "TokenLogprobs",
     "UserError",
+    "WeightsError",
     "__version__",
     "forward",
     "load_params",

@@ -78,7 +78,8 @@ class AsyncEngine:
 
     @property
     def is_ready(self) -> bool:
-        return self._engine is not None and self.is_healthy and not self._draining
+        engine = self._engine
+        return engine is not None and engine.runner.has_weights and self.is_healthy and not self._draining
 
     @property
     def is_healthy(self) -> bool:
@@ -153,6 +154,11 @@ class AsyncEngine:
     @property
     def vocab_size(self) -> int:
         return self.engine.vocab_size
+
+    @property
+    def weights_version(self) -> int:
+        """Updates of the weights since the load; each delta says the version that made it."""
+        return self.engine.weights_version
 
     @property
     def embedding_size(self) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from jinfer.admission import Admission, check_salt, choice_seed, read_priority
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_end_ids
-from jinfer.errors import JinferError, RequestError, RequestFailedError
+from jinfer.errors import JinferError, RequestError, RequestFailedError, WeightsError
 from jinfer.interrupts import uninterrupted
 from jinfer.kv_plan import plan_kv
 from jinfer.models.decoder import Params
@@ -28,7 +28,7 @@ from jinfer.packing import slot_fields
 from jinfer.platform import prepare_platform
 from jinfer.pooling import PoolingParams
 from jinfer.request import FinishReason, OutputDelta, Request, RequestFault
-from jinfer.runner import Runner, StepHandle, token_logprobs
+from jinfer.runner import INCOMPLETE, Runner, StepHandle, token_logprobs
 from jinfer.sampling.params import SamplingParams
 from jinfer.schedule.batch import Batch, BatchRow
 from jinfer.schedule.scheduler import Scheduler
@@ -102,6 +102,11 @@ class Engine:
         return self.model_config.vocab_size
 
     @property
+    def weights_version(self) -> int:
+        """Updates of the weights since the load."""
+        return self.runner.weights_version
+
+    @property
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished or self._pending is not None or bool(self._ended)
 
@@ -139,8 +144,10 @@ class Engine:
 
         Raises:
           RequestError: it can never run, or its id is in use. QueueFullError: it cannot now. RequestFailedError: a
-          fault in making it ready. Nothing of it stays then.
+          fault in making it ready. WeightsError: an update of the weights failed midway. Nothing of it stays then.
         """
+        if not self.runner.has_weights:
+            raise WeightsError(INCOMPLETE)
         if self.scheduler.has(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another, or wait for its end")
         if pooling is None and not self.model_config.has_head:
@@ -280,6 +287,9 @@ class Engine:
             tokens = ready.tokens()
             waited = time.perf_counter() - wait
             self._commit(ready, tokens, deltas)
+        version = self.weights_version if ready is None else ready.weights_version
+        for delta in deltas:
+            delta.weights_version = version
         counters = self._counters
         if dispatched is not None:
             counters.count_step(dispatched.batch.num_tokens)
@@ -415,14 +425,27 @@ class Engine:
     def update_weights(self, params: Params) -> None:
         """Swaps the weights for others of the same shapes, in place and without recompiling.
 
-        What runs goes on with the new weights; cached prefixes of the old ones are not offered any more.
+        All is checked before the first array moves. What runs goes on with the new weights, and each delta says which
+        version made it; cached prefixes of the old ones are not offered any more.
 
         Raises:
-          ModelError: a parameter is missing, unknown or misshaped; nothing is changed then.
+          ModelError: a parameter is missing, unknown, misshaped or not finite, or the first one could not be placed;
+            nothing is changed then.
+          WeightsError: it failed midway. What runs has failed, and nothing is taken until a full update has succeeded.
         """
         with self.runner.preparing():
-            self.runner.update_weights(params)
+            self._update_weights(params)
+
+    def _update_weights(self, params: Params) -> None:
+        checked = self.runner.check_weights(params)
+        # Before the first one moves: whatever happens then, no page of the old weights is found.
         self.scheduler.reset_prefix_cache()
+        try:
+            self.runner.move_weights(checked)
+        except BaseException:
+            if not self.runner.has_weights:
+                self._fail_streams("an update of the weights failed midway, and the engine has none")
+            raise
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if the scheduler's books do not balance."""

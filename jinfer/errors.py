@@ -50,3 +50,7 @@ class RequestFailedError(JinferError, RuntimeError):
 
 class EngineDeadError(JinferError, RuntimeError):
     """The engine loop failed; running requests ended with this error and health is false."""
+
+
+class WeightsError(EngineDeadError):
+    """An update of the weights failed midway: the engine takes no requests until a full update has succeeded."""

@@ -58,6 +58,11 @@ class LLM:
     def tokenizer(self):
         return self.engine.tokenizer
 
+    @property
+    def weights_version(self) -> int:
+        """Updates of the weights since the load; each result says the version that made it."""
+        return self.engine.weights_version
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` and `chat` use where they are given none: the model's generation_config.json, as the option
         `generation_config` says."""
@@ -333,6 +338,7 @@ class _Result:
         self.prompt_logprobs: Any = None
         self.embedding: np.ndarray | None = None
         self.num_cached = 0
+        self.weights_version = 0
         self.choices = [Completion(i, "", [], None, None, None, None) for i in range(n)]
         self.texts: list[list[str]] = [[] for _ in range(n)]
         self.open = n
@@ -340,6 +346,7 @@ class _Result:
     def add(self, delta: OutputDelta) -> bool:
         """True if this delta ended the request."""
         choice = self.choices[delta.index]
+        self.weights_version = delta.weights_version  # no update comes in the midst of a batch
         choice.token_ids.extend(delta.token_ids)
         self.texts[delta.index].append(delta.text)
         if delta.logprobs is not None:
@@ -360,7 +367,9 @@ class _Result:
     def embedded(self) -> EmbeddingOutput:
         self.check()
         assert self.embedding is not None
-        return EmbeddingOutput(self.prompt, self.prompt_token_ids, self.embedding, self.num_cached)
+        return EmbeddingOutput(
+            self.prompt, self.prompt_token_ids, self.embedding, self.num_cached, self.weights_version
+        )
 
     def check(self) -> None:
         """Raises RequestFailedError if a choice ended with an error."""
@@ -377,6 +386,7 @@ class _Result:
             self.prompt_logprobs,
             self.choices,
             self.num_cached,
+            self.weights_version,
         )
 
 

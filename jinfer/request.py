@@ -184,6 +184,7 @@ class OutputDelta:
     timings: RequestTimings | None = None  # on the last delta
     num_preemptions: int = 0  # times it was put back into the queue until now
     error: str | None = None  # with FinishReason.ERROR
+    weights_version: int = 0  # updates of the weights before the step that made it
 
 
 @dataclass
@@ -210,6 +211,7 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None
     outputs: list[Completion]
     num_cached_tokens: int
+    weights_version: int = 0  # of the weights that made it: 0 as loaded, one more with each update
 
     @property
     def text(self) -> str:
@@ -230,6 +232,7 @@ class EmbeddingOutput:
     prompt_token_ids: Sequence[int]
     embedding: np.ndarray  # float32[hidden size]
     num_cached_tokens: int
+    weights_version: int = 0  # as in RequestOutput
 
 
 @dataclass
@@ -240,6 +243,7 @@ class ScoreOutput:
     token_ids: list[int]  # of the continuation
     logprobs: list[float]  # one per token of the continuation
     is_greedy: bool  # each of its tokens is the most likely one: greedy decoding would say just this
+    weights_version: int = 0  # as in RequestOutput
 
     @property
     def logprob(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jinfer.config import EngineConfig
-from jinfer.errors import ModelError
+from jinfer.errors import ModelError, WeightsError
 from jinfer.kv_plan import KVPlan
 from jinfer.models.decoder import Params
 from jinfer.models.loading import LoadedModel, targets
@@ -31,10 +31,12 @@ from jinfer.sampling.sample import Logprobs
 from jinfer.schedule.batch import Batch
 from jinfer.slots import load_tables, slot_tables, write_pages
 from jinfer.step import Pooled, StepOutput
+from jinfer.weight_update import check_update, place
 
 logger = logging.getLogger(__name__)
 
 COMPILE_THREADS = 4
+INCOMPLETE = "the engine has no weights and takes no requests until a full update has succeeded"
 
 
 @dataclass
@@ -43,6 +45,7 @@ class StepHandle:
 
     batch: Batch
     output: StepOutput
+    weights_version: int = 0  # of the weights that it computes with
 
     def tokens(self) -> list[int]:
         return np.asarray(self.output.tokens)[: len(self.batch.rows)].tolist()
@@ -72,7 +75,8 @@ class Runner:
 
     def __init__(self, model: LoadedModel, config: EngineConfig, kv: KVPlan) -> None:
         self.mesh, self.spec, self.kv_plan, self.config = model.mesh, model.spec, kv, config
-        self.params: dict[str, Any] = dict(model.params.arrays)
+        self.params: dict[str, Any] = dict(model.params.arrays)  # all, or none
+        self.weights_version = 0  # updates so far
         self.programs = StepPrograms(self.spec, self.mesh, config, kv)
         self.recompiles = 0
         self.is_preparing = False  # compiles a step, or takes over weights: no step can end meanwhile
@@ -159,8 +163,11 @@ class Runner:
         """Starts one step and the copy of its tokens to the host; returns at once.
 
         Raises:
-          RequestFault: a request's data cannot be packed. Nothing has been started then.
+          RequestFault: a request's data cannot be packed. WeightsError: an update of the weights failed midway. Nothing
+          has been started then.
         """
+        if not self.has_weights:
+            raise WeightsError(INCOMPLETE)
         shape = self.programs.shape_for(batch.decode_only, len(batch.rows), batch.num_tokens)
         for request in batch.admitted:
             if needs_tables(request.params):
@@ -172,7 +179,7 @@ class Runner:
         self.kv, self.slots, output = program(self.params, self.kv, self.slots, packed)
         if not self.programs.is_cpu:
             output.tokens.copy_to_host_async()
-        return StepHandle(batch, output)
+        return StepHandle(batch, output, self.weights_version)
 
     def _upload_tables(self, request: Any) -> None:
         try:
@@ -202,27 +209,46 @@ class Runner:
             tables = self._write_pages(tables, *self._page_entries(entries[i : i + size]))
         self.slots = replace(self.slots, page_tables=tables)
 
-    def update_weights(self, params: Params | dict[str, Any]) -> None:
-        """Swaps the parameters for others of the same shapes, without recompiling. The caller keeps its arrays.
+    # Weights
+
+    @property
+    def has_weights(self) -> bool:
+        """False from an update that failed midway until one has succeeded: nothing can run then."""
+        return bool(self.params)
+
+    def check_weights(self, params: Params | Mapping[str, Any]) -> dict[str, Any]:
+        """The arrays for `move_weights`; see `check_update`."""
+        return check_update(params, targets(self.spec, self.mesh))
+
+    def move_weights(self, checked: Mapping[str, Any]) -> None:
+        """Swaps the parameters one by one, so that the old ones go as the new ones come and one at most is there twice.
+
+        A fault before the first one leaves all as it is. A later one takes all parameters away: a mixture cannot run,
+        and the memory is free for the next try.
 
         Raises:
-          ModelError: a parameter is missing, unknown or misshaped.
+          ModelError: a fault before the first one. WeightsError: a later one.
         """
-        given = params.arrays if isinstance(params, Params) else params
-        wanted = targets(self.spec, self.mesh)
-        if set(given) != set(wanted):
-            missing, extra = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-            raise ModelError(
-                f"update_weights: missing {missing[:5]}, unknown {extra[:5]}: give the same tree"
-            )
-        for path, target in wanted.items():
-            if tuple(given[path].shape) != tuple(target.shape):
-                raise ModelError(
-                    f"update_weights: {path} has shape {tuple(given[path].shape)}, expected {tuple(target.shape)}"
-                )
-        # One by one, so that the old ones go as the new ones come; and as copies, since a training step that donates
-        # its parameters would take the engine's with them.
-        self.params = dict(self.params)
-        for path, target in wanted.items():
-            array = jnp.asarray(given[path], target.dtype)
-            self.params[path] = jax.device_put(array, target.sharding, may_alias=False)
+        arrays, path = dict(self.params), ""
+        whole = self.has_weights
+        try:
+            for path, target in targets(self.spec, self.mesh).items():
+                new = place(checked[path], target)
+                whole = False
+                self.params, arrays[path] = {}, new
+            self.params = arrays
+            self.weights_version += 1
+        except BaseException as error:
+            if not whole:
+                self.params = {}
+            arrays.clear()  # the traceback would keep it
+            if not isinstance(error, Exception):
+                raise
+            fault = f"update_weights: {path} could not be placed ({type(error).__name__}: {str(error)[:300]})"
+            if whole:
+                raise ModelError(f"{fault}: nothing is changed") from error
+            raise WeightsError(f"{fault}: {INCOMPLETE}") from error
+
+    def update_weights(self, params: Params | Mapping[str, Any]) -> None:
+        """Swaps the parameters for others of the same shapes, without recompiling. The caller keeps its arrays."""
+        self.move_weights(self.check_weights(params))

@@ -48,4 +48,5 @@ def score_of(output: RequestOutput, start: int) -> ScoreOutput:
         token_ids=list(output.prompt_token_ids[start:]),
         logprobs=[entry.logprob for entry in entries],
         is_greedy=all(entry.rank == 1 for entry in entries),
+        weights_version=output.weights_version,
     )

@@ -14,7 +14,7 @@ FLOORS = [
     {"request"},
     {"schedule", "outputs", "kv_plan", "stats"},
     {"packing", "slots", "step", "admission"},
-    {"programs"},
+    {"programs", "weight_update"},
     {"runner"},
     {"engine", "async_engine"},
     {"llm", "scoring", "prompts"},
