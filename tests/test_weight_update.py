@@ -19,7 +19,7 @@ from jinfer import (
     runner,
     weight_update,
 )
-from tests.support.engines import SMALL, check_idle, collect, greedy, small_engine
+from tests.support.engines import SMALL, check_idle, collect, greedy
 from tests.support.models import GROUPED, make_llama, random_prompt
 
 PROMPT = random_prompt(810, 33)
@@ -274,29 +274,27 @@ def test_half_precision_is_converted(llm, params):
 # Versions
 
 
-def test_results_say_which_version_made_them(tiny_llama, params):
-    own = LLM(str(tiny_llama), **SMALL)
-    for version in range(3):
-        assert own.weights_version == own.engine.weights_version == version
+def test_results_say_which_version_made_them(llm, params):
+    start = llm.weights_version
+    for version in range(start, start + 3):
+        assert llm.weights_version == llm.engine.weights_version == version
         for call in CALLS.values():
-            assert [output.weights_version for output in call(own)] == [version]
+            assert [output.weights_version for output in call(llm)] == [version]
         with pytest.raises(ModelError):
-            own.update_weights({})
-        own.update_weights(params[version % 2])
+            llm.update_weights({})
+        llm.update_weights(params[version % 2])
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_each_delta_says_which_version_made_it(tiny_llama, params, overlap):
-    engine = small_engine(tiny_llama, async_scheduling=overlap)
+def test_each_delta_says_which_version_made_it(llm, params):
+    engine, version = llm.engine, llm.weights_version
     engine.add_request("r", PROMPT, greedy(12))
     deltas = []
     while len(deltas) < 4:
         deltas += engine.step()
     engine.update_weights(params[1])
     deltas += engine.drain()
-    versions = [delta.weights_version for delta in deltas]
-    # With overlap one more step of the old weights was under way.
-    assert versions == [0] * (4 + overlap) + [1] * (8 - overlap)
+    # One more step of the old weights was under way.
+    assert [delta.weights_version - version for delta in deltas] == [0] * 5 + [1] * 7
 
 
 def test_the_asynchronous_engine_goes_on_after_a_failed_update(tiny_llama, params, expected, monkeypatch):
