@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jinfer.errors import ModelError
 from jinfer.models.decoder import Params
@@ -62,7 +63,7 @@ def place(array: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _as_array(path: str, value: Any) -> Any:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ModelError(f"update_weights: {path} is being traced: call it outside of jit, grad and vmap")
     if isinstance(value, jax.Array):
         if value.is_deleted():
