@@ -197,10 +197,13 @@ class AsyncEngine:
         pooling: PoolingParams | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        on_taken: Callable[[], None] | None = None,
     ) -> AsyncIterator[OutputDelta]:
         """Deltas of all n choices as they come; ends when all are finished.
 
         pooling: the prompt's embedding is wanted, with the one delta that comes, and no text; see `embed`.
+
+        on_taken: called once the engine has taken the request, which may be long before the first delta.
 
         Closing the iterator aborts the request and frees its pages.
 
@@ -234,6 +237,8 @@ class AsyncEngine:
 
         try:
             await self._call(add)
+            if on_taken is not None:
+                on_taken()
             while open_choices:
                 item = await stream.items.get()
                 if isinstance(item, BaseException):

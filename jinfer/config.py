@@ -172,6 +172,12 @@ class ServerConfig:
         low=8,
         high=2**20,
     )
+    stream_keep_alive: float = option(
+        10.0,
+        "seconds of silence after which a stream sends a comment, so that nobody on the way closes it; 0: never",
+        low=0.0,
+        high=3600.0,
+    )
     drain_timeout: float = option(
         30.0, "seconds that running requests get after SIGTERM", low=0.0, high=86400.0
     )

@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -14,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from jinfer import FinishReason, OutputDelta
 from serve.generation import Choices, Generation, Job, gather, merged
+from serve.jsonpieces import parts, pieces
 from serve.metrics import RequestClock
 from serve.protocol import APIError, as_api_error, timed_out, unavailable
 from serve.state import State
@@ -24,13 +26,19 @@ STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # or nginx collects the events
 }
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients pass over
+QUICK_VALUES = (
+    1000  # that an event or an answer may have to be written on the event loop: about a millisecond
+)
 FAREWELL_SECONDS = 1.0  # for the last words to a client that may have stopped reading
 
 
 class WholeFormat(Protocol):
     """What an endpoint knows about its answers."""
 
-    def whole(self, choices: Choices) -> dict[str, Any]: ...
+    def whole(self, choices: Choices) -> dict[str, Any]:
+        """The JSON body, for `pieces`: what may be long is made when its turn comes."""
+        ...
 
 
 class Format(WholeFormat, Protocol):
@@ -44,6 +52,51 @@ class Format(WholeFormat, Protocol):
 def event(content: Any) -> bytes:
     """One server-sent event. ASCII JSON: some clients take U+2028 and its like for the end of a line."""
     return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+def long_event(content: Any) -> bytes:
+    """`event` of what holds Long and Encoded values."""
+    return b"data: " + "".join(parts(content, ascii=True)).encode() + b"\n\n"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request asks for, ready to begin. kind: what it is, in the server's log."""
+
+    job: Job
+    form: Any  # WholeFormat, or Format where it streams
+    kind: str
+    streams: bool = False
+
+
+async def send_json(state: State, value: Any, send: Send, headers: dict[str, str], quick: bool) -> None:
+    """Sends a JSON body: its pieces are made on a thread (unless it is `quick`) while those before are on their way."""
+    rest = pieces(value)
+
+    async def following() -> bytes | None:
+        return next(rest, None) if quick else await state.in_thread(next, rest, None)
+
+    piece, after = await following(), await following()
+    fields = {"content-type": "application/json", **headers}
+    if after is None:
+        fields["content-length"] = str(len(piece or b""))
+    raw = [(name.encode(), text.encode()) for name, text in fields.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+    while after is not None:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        piece, after = after, await following()
+    await send({"type": "http.response.body", "body": piece or b"", "more_body": False})
+
+
+class JSONAnswer(Response):
+    """A body that is there already and may be long."""
+
+    def __init__(self, state: State, value: Any) -> None:
+        super().__init__()
+        self._state, self._value = state, value
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(self._state, self._value, send, {}, quick=False)
 
 
 class Answer(Response):
@@ -117,15 +170,15 @@ class WholeAnswer(Answer):
             await self._generation.close()
             if self._on_end:
                 self._on_end(choices, outcome)
-        body = await self._body(choices)
-        await Response(body, 200, self._id_header, "application/json")(scope, receive, send)
-
-    async def _body(self, choices: Choices) -> bytes:
-        return json.dumps(self._form.whole(choices), ensure_ascii=False, separators=(",", ":")).encode()
+        job = self._job
+        values = (job.num_prompt_tokens * job.params.n) + choices.generated * job.values_per_token
+        quick = values <= QUICK_VALUES and job.pooling is None
+        await send_json(self._state, self._form.whole(choices), send, self._id_header, quick)
 
 
 class StreamedAnswer(Answer):
-    """Server-sent events. The status is sent with the first token, so a refusal still has its own status."""
+    """Server-sent events. The status is sent once the engine has taken the request, so a refusal has its own status;
+    while nothing comes, a comment now and then says that the connection lives."""
 
     _form: Format
 
@@ -134,12 +187,11 @@ class StreamedAnswer(Answer):
         try:
             async with self._timeout():
                 self._generation.start()
-                while (ready := await self._generation.next()) is not None:
-                    data = self._encode(choices, ready)
-                    if not began:
-                        began = True
-                        await send(self._head())
-                    if data:
+                await self._generation.taken()
+                began = True
+                await send(self._head())
+                while (ready := await self._next(send)) is not None:
+                    if data := await self._events(choices, ready):
                         await send({"type": "http.response.body", "body": data, "more_body": True})
                 last = self._form.closing_events(choices)
                 outcome = "done"
@@ -153,11 +205,24 @@ class StreamedAnswer(Answer):
             await self._generation.close()
             if self._on_end:
                 self._on_end(choices, outcome)
-        if not began:
-            await send(self._head())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_SECONDS if outcome != "done" else None):
                 await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
+
+    async def _next(self, send: Send) -> list[tuple[int, OutputDelta]] | None:
+        """`Generation.next`, with a comment to the client after each silence."""
+        seconds = self._state.config.stream_keep_alive
+        while seconds and not await self._generation.wait(seconds):
+            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+        return await self._generation.next()
+
+    async def _events(self, choices: Choices, ready: Sequence[tuple[int, OutputDelta]]) -> bytes:
+        values = sum(len(delta.token_ids) for _, delta in ready) * self._job.values_per_token
+        if not choices.generated:  # the first events may carry the prompt
+            values += self._job.num_prompt_tokens * self._job.params.n
+        if values <= QUICK_VALUES:
+            return self._encode(choices, ready)
+        return await self._state.in_thread(self._encode, choices, ready)
 
     def _head(self) -> dict[str, Any]:
         headers = STREAM_HEADERS | self._id_header

@@ -15,20 +15,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from jinfer import AsyncEngine, ConfigError, ServerConfig, __version__
-from serve.body import read_body
-from serve.chat import answer_chat
-from serve.completions import answer_completion
-from serve.embeddings import answer_embeddings
+from serve.answer import JSONAnswer, Plan, StreamedAnswer, WholeAnswer
+from serve.body import prepare_body
+from serve.chat import plan_chat
+from serve.completions import is_quick_completion, plan_completion
+from serve.embeddings import plan_embeddings
 from serve.middleware import Gate
 from serve.openapi import install_openapi
 from serve.protocol import APIError, install_handlers, unavailable
-from serve.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from serve.requestlog import logger_for
 from serve.state import State
 from serve.tokens import detokenize, tokenize, tokenizer_info
 
 PAGE = Path(__file__).parent / "static" / "index.html"
 
-M = TypeVar("M", bound=Body)
+T = TypeVar("T")
 
 
 def create_app(
@@ -62,27 +63,34 @@ def create_app(
 
 
 def _add_generation_routes(app: FastAPI, state: State) -> None:
-    async def read(request: Request, kind: type[M]) -> tuple[M, float]:
+    async def prepared(
+        request: Request, prepare: Callable[[State, dict[str, Any]], T], **quick: Any
+    ) -> tuple[T, float]:
         state.check_accepting()
         deadline = time.monotonic() + state.config.request_timeout
-        return kind.read(await read_body(state, request, deadline)), deadline
+        return await prepare_body(state, request, deadline, prepare, **quick), deadline
+
+    async def answer(
+        request: Request, prepare: Callable[[State, dict[str, Any]], Plan], **quick: Any
+    ) -> Response:
+        plan, deadline = await prepared(request, prepare, **quick)
+        kind = StreamedAnswer if plan.streams else WholeAnswer
+        return kind(state, plan.job, plan.form, deadline, logger_for(state, plan.job, plan.kind))
 
     async def chat_completions(request: Request) -> Response:
-        return await answer_chat(state, *await read(request, ChatBody))
+        return await answer(request, plan_chat)
 
     async def completions(request: Request) -> Response:
-        return await answer_completion(state, *await read(request, CompletionBody))
+        return await answer(request, plan_completion, is_quick=is_quick_completion)
 
     async def embeddings(request: Request) -> Response:
-        return await answer_embeddings(state, *await read(request, EmbeddingBody))
+        return await answer(request, plan_embeddings)
 
     async def tokenize_text(request: Request) -> Response:
-        body, _ = await read(request, TokenizeBody)
-        return JSONResponse(await state.in_thread(tokenize, state, body))
+        return JSONAnswer(state, (await prepared(request, tokenize))[0])
 
     async def detokenize_ids(request: Request) -> Response:
-        body, _ = await read(request, DetokenizeBody)
-        return JSONResponse(await state.in_thread(detokenize, state, body))
+        return JSONAnswer(state, (await prepared(request, detokenize))[0])
 
     for path, endpoint in (
         ("/v1/chat/completions", chat_completions),

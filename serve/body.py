@@ -1,26 +1,65 @@
-"""Reads the JSON body of a request."""
+"""Reads the JSON body of a request and has it prepared: parsed, checked, tokenized."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 from starlette.requests import Request
 
+from serve.bounds import check_fields, check_values
 from serve.protocol import APIError, bad_request
 from serve.state import State
 
-LARGE_BODY = 64 * 1024  # bytes that take well under a millisecond to parse
+T = TypeVar("T")
+
+SMALL_BODY = 16 * 1024  # bytes that take less than a millisecond to parse, whatever they are
+LARGE_BODY = 64 * 1024  # beyond, a body needs room, and waits behind others of its kind
+ROOM_SECONDS = 20.0  # how long a body waits for room
 
 
-async def read_body(state: State, request: Request, deadline: float) -> dict[str, Any]:
-    """The body as a dict. Raises APIError: 415 for another content type, 400 for anything but a JSON object.
+async def prepare_body(
+    state: State,
+    request: Request,
+    deadline: float,
+    prepare: Callable[[State, dict[str, Any]], T],
+    is_quick: Callable[[dict[str, Any]], bool] = lambda body: False,
+) -> T:
+    """What `prepare` makes of the body, on a thread unless the body is small and `is_quick` says so.
 
     The content type is required. Without it, a page on any website could make its visitors' browsers send requests
     to a server on their own machine; a JSON content type makes the browser ask first.
+
+    Raises:
+      APIError: 415 for another content type, 400 for anything but a JSON object or one of too many values, 503 for a
+        server with no room for it, and what `prepare` raises.
     """
+    _check_type(request)
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def reserve(size: int) -> None:
+            wait = min(ROOM_SECONDS, max(0.0, deadline - time.monotonic()))
+            await stack.enter_async_context(state.room.reserved(size, wait))
+
+        raw = await _read(request, deadline, reserve, state.config.max_body_bytes)
+        if len(raw) <= SMALL_BODY:
+            body = _parse(raw)
+            if is_quick(body):
+                return prepare(state, body)
+            return await state.in_thread(prepare, state, body)
+        return await state.in_thread(_prepare_long, state, raw, prepare, large=len(raw) > LARGE_BODY)
+
+
+def _prepare_long(state: State, raw: bytes, prepare: Callable[[State, dict[str, Any]], T]) -> T:
+    check_values(raw)
+    return prepare(state, _parse(raw))
+
+
+def _check_type(request: Request) -> None:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         given = repr(content_type[:60]) if content_type else "missing"
@@ -31,19 +70,43 @@ async def read_body(state: State, request: Request, deadline: float) -> dict[str
         )
     if request.headers.get("content-encoding", "identity") != "identity":
         raise APIError(415, "the body is compressed: send it as it is", code="unsupported_media_type")
+
+
+async def _read(
+    request: Request, deadline: float, reserve: Callable[[int], Awaitable[None]], most: int
+) -> bytes:
+    """The bytes of the body; room for more than LARGE_BODY is reserved first.
+
+    Not request.body(): that would be kept for as long as the answer takes.
+    """
+    announced = request.headers.get("content-length", "")
+    reserved = announced.isdecimal() and int(announced) > LARGE_BODY
+    if reserved:
+        await reserve(int(announced))
+    chunks, size = [], 0
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            raw = await request.body()
+            async for chunk in request.stream():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > LARGE_BODY and not reserved:  # of a length that nobody announced
+                    reserved = True
+                    await reserve(most)
     except TimeoutError:
         raise APIError(
             408, "the body did not arrive in time", code="request_timeout", headers={"connection": "close"}
         ) from None
+    return b"".join(chunks)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        value = parse(raw) if len(raw) < LARGE_BODY else await state.in_thread(parse, raw)
+        value = parse(raw)
     except ValueError as error:
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("the body is valid JSON, but not an object: send {...}", code="invalid_json")
+    check_fields(value)
     return value
 
 

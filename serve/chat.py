@@ -6,14 +6,15 @@ import time
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
-from jinfer import OutputDelta, SamplingParams
-from serve.answer import Answer, StreamedAnswer, WholeAnswer, event
+from jinfer import OutputDelta
+from serve.answer import Plan, event, long_event
+from serve.bounds import bounded_params
 from serve.generation import Choice, Choices, Job
 from serve.inputs import read_documents, read_messages, read_tools
+from serve.jsonpieces import Long
 from serve.logprobs import ChatLogprobs, TokenTexts, prompt_logprobs
 from serve.params import answer_id, chat_params
 from serve.protocol import bad_request
-from serve.requestlog import logger_for
 from serve.schemas import ChatBody, TemplateBody
 from serve.state import State
 
@@ -21,24 +22,22 @@ from serve.state import State
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 
 
-async def answer_chat(state: State, body: ChatBody, deadline: float) -> Answer:
-    """The answer to a chat request, not begun yet. Raises APIError or RequestError for a request at fault."""
+def plan_chat(state: State, fields: dict[str, Any]) -> Plan:
+    """What a chat request asks for. Raises APIError or RequestError for a request at fault.
+
+    For a thread: a template may take its time, and a body may hold thousands of messages.
+    """
+    body = ChatBody.read(fields)
     state.check_model(body.model)
     params = chat_params(body, state.engine.default_params, state.limits)
-    # A template may take its time, and a body may hold a hundred thousand messages.
-    job = await state.in_thread(_prepare, state, body, params)
-    form = ChatFormat(body, job, state.model_name, state.token_texts)
-    kind = StreamedAnswer if body.stream else WholeAnswer
-    return kind(state, job, form, deadline, logger_for(state, job, "chat"))
-
-
-def _prepare(state: State, body: ChatBody, params: SamplingParams) -> Job:
     tools = read_tools(body.tools, body.tool_choice)
     ids = prompt_ids(state, body, tools, bool(body.add_special_tokens))
+    params = bounded_params(state, [ids], params, streams=bool(body.stream))
     state.validate(ids, params, "messages")
-    return Job(
+    job = Job(
         answer_id("chatcmpl", body.request_id), [ids], params, body.priority or 0, body.cache_salt or ""
     )
+    return Plan(job, ChatFormat(body, job, state.model_name, state.token_texts), "chat", bool(body.stream))
 
 
 def prompt_ids(
@@ -62,19 +61,21 @@ def prompt_ids(
             "continue_final_message needs an assistant message at the end", "continue_final_message"
         )
     begins = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    ids, _ = template.tokens(
-        state.engine.tokenizer,
-        messages,
-        tools=tools,
-        add_generation_prompt=begins,
-        continue_final_message=continues,
-        chat_template_kwargs=_variables(template, body),
-        documents=read_documents(body.documents),
-        # Calls are forbidden: a template without a place for tools has nothing to say about them.
-        tools_are_optional=True,
-        add_special_tokens=add_special_tokens,
-        allow_special_tokens=state.config.allow_special_tokens,
-    )
+    with state.refusing_long_prompts("messages"):
+        ids, _ = template.tokens(
+            state.engine.tokenizer,
+            messages,
+            tools=tools,
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+            chat_template_kwargs=_variables(template, body),
+            documents=read_documents(body.documents),
+            # Calls are forbidden: a template without a place for tools has nothing to say about them.
+            tools_are_optional=True,
+            add_special_tokens=add_special_tokens,
+            allow_special_tokens=state.config.allow_special_tokens,
+            max_tokens=state.engine.max_model_len,
+        )
     return ids
 
 
@@ -132,13 +133,13 @@ class ChatFormat:
             "object": "chat.completion",
             "created": self._created,
             "model": self._model,
-            "choices": [self._whole_choice(i, choice) for i, choice in enumerate(choices.all)],
+            "choices": (self._whole_choice(i, choice) for i, choice in enumerate(choices.all)),
             "usage": choices.usage(),
             "service_tier": None,
             "system_fingerprint": None,
         }
         if self._returns_ids:
-            answer["prompt_token_ids"] = list(self._prompt)
+            answer["prompt_token_ids"] = Long(self._prompt)
         if self._prompt_logprobs is not None:
             found = choices.all[0].prompt_logprobs
             answer["prompt_logprobs"] = found and prompt_logprobs(self._texts, found, self._prompt_logprobs)
@@ -153,7 +154,7 @@ class ChatFormat:
             "stop_reason": choice.stop_reason,
         }
         if self._returns_ids:
-            content["token_ids"] = choice.token_ids
+            content["token_ids"] = Long(choice.token_ids)
         return content
 
     def events(self, choices: Choices, prompt: int, delta: OutputDelta) -> bytes:
@@ -209,7 +210,7 @@ class ChatFormat:
         fields["choices"] = [choice]
         if self._counts_usage:
             fields["usage"] = choices.usage(0 if begins else None) if self._counts_always else None
-        return event(fields)
+        return long_event(fields) if self._logprobs is not None else event(fields)
 
     def _chunk_fields(self) -> dict[str, Any]:
         return {
@@ -221,4 +222,4 @@ class ChatFormat:
 
     def _logprobs_of(self, logprobs: Any) -> dict[str, Any]:
         assert self._logprobs is not None
-        return {"content": self._logprobs.entries(logprobs), "refusal": None}
+        return {"content": Long(self._logprobs.entries(logprobs)), "refusal": None}

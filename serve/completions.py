@@ -7,34 +7,31 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from jinfer import OutputDelta, SamplingParams
-from serve.answer import Answer, StreamedAnswer, WholeAnswer, event
+from serve.answer import Plan, event, long_event
+from serve.bounds import bounded_params
 from serve.generation import Choice, Choices, Job
 from serve.inputs import Prompt, read_prompts
+from serve.jsonpieces import Long
 from serve.logprobs import BLOCK_FIELDS, CompletionLogprobs, TokenTexts, prompt_logprobs
 from serve.params import answer_id, completion_params
 from serve.protocol import bad_request
-from serve.requestlog import logger_for
 from serve.schemas import CompletionBody
 from serve.state import State
 
 LONG_PROMPT = 4096  # characters; encoding that many takes about a millisecond, a thread's hop a tenth of that
 
 
-async def answer_completion(state: State, body: CompletionBody, deadline: float) -> Answer:
-    """The answer to a completion request, not begun yet. Raises APIError or RequestError for a request at fault."""
+def is_quick_completion(fields: dict[str, Any]) -> bool:
+    """Whether `plan_completion` takes a millisecond at most."""
+    prompt = fields.get("prompt")
+    return isinstance(prompt, str) and len(prompt) < LONG_PROMPT
+
+
+def plan_completion(state: State, fields: dict[str, Any]) -> Plan:
+    """What a completion request asks for. Raises APIError or RequestError for a request at fault."""
+    body = CompletionBody.read(fields)
     state.check_model(body.model)
     params = completion_params(body, state.engine.default_params, state.limits)
-    if isinstance(body.prompt, str) and len(body.prompt) < LONG_PROMPT:
-        job, echoed = _prepare(state, body, params)
-    else:
-        job, echoed = await state.in_thread(_prepare, state, body, params)
-    form = CompletionFormat(body, job, echoed, state.model_name, state.engine.tokenizer, state.token_texts)
-    kind = StreamedAnswer if body.stream else WholeAnswer
-    return kind(state, job, form, deadline, logger_for(state, job, "completion"))
-
-
-def _prepare(state: State, body: CompletionBody, params: SamplingParams) -> tuple[Job, list[Any] | None]:
-    """The work of a request that grows with its prompts: the job, and what is echoed of them if anything is."""
     prompts = read_prompts(body.prompt)
     most = state.engine.config.max_num_waiting
     if len(prompts) * params.n > most:
@@ -42,12 +39,16 @@ def _prepare(state: State, body: CompletionBody, params: SamplingParams) -> tupl
             f"the request has {len(prompts)} prompts and n {params.n}, more than this server queues ({most}): split it",
             "prompt",
         )
-    tokenizer, adds = state.engine.tokenizer, body.add_special_tokens is not False
-    ids = [prompt if isinstance(prompt, list) else tokenizer.encode(prompt, adds) for prompt in prompts]
+    adds = body.add_special_tokens is not False
+    ids = [prompt if isinstance(prompt, list) else state.encode(prompt, adds, "prompt") for prompt in prompts]
+    params = bounded_params(state, ids, params, streams=bool(body.stream), echoes=bool(body.echo))
     for each in ids:
         state.validate(each, params, "prompt")
     job = Job(answer_id("cmpl", body.request_id), ids, params, body.priority or 0, body.cache_salt or "")
-    return job, [_echo(prompt, tokenizer, params) for prompt in prompts] if body.echo else None
+    tokenizer = state.engine.tokenizer
+    echoed = [_echo(prompt, tokenizer, params) for prompt in prompts] if body.echo else None
+    form = CompletionFormat(body, job, echoed, state.model_name, tokenizer, state.token_texts)
+    return Plan(job, form, "completion", bool(body.stream))
 
 
 def _echo(prompt: Prompt, tokenizer: Any, params: SamplingParams) -> Any:
@@ -107,7 +108,7 @@ class CompletionFormat:
             "object": "text_completion",
             "created": self._created,
             "model": self._model,
-            "choices": [self._whole_choice(i, choice, choices) for i, choice in enumerate(choices.all)],
+            "choices": (self._whole_choice(i, choice, choices) for i, choice in enumerate(choices.all)),
             "usage": self._usage(choices),
             "service_tier": None,
             "system_fingerprint": None,
@@ -164,7 +165,7 @@ class CompletionFormat:
         fields = self._chunk_fields() | {"choices": [choice]}
         if self._counts_usage:
             fields["usage"] = self._usage(choices) if self._counts_always else None
-        return event(fields)
+        return event(fields) if self._is_plain else long_event(fields)
 
     def _choice(self, index: int, prompt: int, delta: OutputDelta, begins: bool) -> dict[str, Any]:
         """What a delta adds to a choice: its prompt's echo if it begins the choice, then its own text and tokens."""
@@ -183,11 +184,11 @@ class CompletionFormat:
         if self._wants_logprobs:
             blocks = self._blocks(index, prompt, delta, echo)
             content["logprobs"] = {
-                name: [x for block in blocks for x in block[name]] for name in BLOCK_FIELDS
+                name: Long([x for block in blocks for x in block[name]]) for name in BLOCK_FIELDS
             }
         if self._returns_ids:
-            content["token_ids"] = [] if self._is_silent else delta.token_ids
-            content["prompt_token_ids"] = list(self._job.prompts[prompt]) if begins else None
+            content["token_ids"] = Long([] if self._is_silent else delta.token_ids)
+            content["prompt_token_ids"] = Long(self._job.prompts[prompt]) if begins else None
         return content
 
     def _joined(self, index: int, delta: OutputDelta) -> str:

@@ -6,16 +6,15 @@ Inputs run through the engine's own steps, in chunks beside the streams that are
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any
 
 from jinfer import FinishReason, PoolingParams, SamplingParams
-from serve.answer import WholeAnswer, WholeFormat
+from serve.answer import Plan
 from serve.generation import Choices, Job
 from serve.inputs import read_prompts
+from serve.jsonpieces import Encoded, Long, dumps
 from serve.params import answer_id, check_queueing
 from serve.protocol import APIError, bad_request
-from serve.requestlog import logger_for
 from serve.schemas import EmbeddingBody
 from serve.state import State
 
@@ -25,8 +24,9 @@ FORMATS = ("float", "base64")
 PARAMS = SamplingParams(temperature=0.0, max_tokens=1)
 
 
-async def answer_embeddings(state: State, body: EmbeddingBody, deadline: float) -> WholeAnswer:
-    """The answer to an embeddings request, not begun yet. Raises APIError or RequestError for a request at fault."""
+def plan_embeddings(state: State, fields: dict[str, Any]) -> Plan:
+    """What an embeddings request asks for. Raises APIError or RequestError for a request at fault."""
+    body = EmbeddingBody.read(fields)
     state.check_model(body.model)
     if body.encoding_format not in (None, *FORMATS):
         raise bad_request(
@@ -47,12 +47,11 @@ async def answer_embeddings(state: State, body: EmbeddingBody, deadline: float) 
             "use_activation",
         )
     check_queueing(body, state.limits)
-    job = await state.in_thread(_prepare, state, body)
-    form = EmbeddingFormat(state.model_name, job, body.encoding_format == "base64")
-    return EmbeddingAnswer(state, job, form, deadline, logger_for(state, job, "embedding"))
+    job = _job(state, body)
+    return Plan(job, EmbeddingFormat(state.model_name, job, body.encoding_format == "base64"), "embedding")
 
 
-def _prepare(state: State, body: EmbeddingBody) -> Job:
+def _job(state: State, body: EmbeddingBody) -> Job:
     inputs = read_prompts(body.input, "input")
     most = min(MAX_INPUTS, state.engine.config.max_num_waiting)
     if len(inputs) > most:
@@ -60,10 +59,9 @@ def _prepare(state: State, body: EmbeddingBody) -> Job:
     own = state.engine.default_pooling if body.pooling is None else PoolingParams(body.pooling)
     normalize = body.use_activation if body.normalize is None else body.normalize
     pooling = own if normalize is None else PoolingParams(own.pooling, normalize)
-    tokenizer, adds = state.engine.tokenizer, body.add_special_tokens is not False
-    texts = [each for each in inputs if isinstance(each, str)]
-    # Inputs are all of one kind: texts, or lists of ids.
-    ids: Any = tokenizer.encode_batch(texts, adds) if texts else inputs
+    adds = body.add_special_tokens is not False
+    # One by one: the first that is too long ends the work.
+    ids = [each if isinstance(each, list) else state.encode(each, adds, "input") for each in inputs]
     for each in ids:
         state.validate(each, PARAMS, "input", prompt_only=True)
     return Job(
@@ -80,13 +78,25 @@ class EmbeddingFormat:
         self._as_base64 = as_base64
 
     def whole(self, choices: Choices) -> dict[str, Any]:
-        tokens = sum(map(len, self._job.prompts))
+        if any(c.finish_reason is FinishReason.ABORT or c.embedding is None for c in choices.all):
+            raise APIError(
+                500, "the request was ended before its embeddings were there", code="request_failed"
+            )
+        tokens = self._job.num_prompt_tokens
         return {
             "object": "list",
-            "data": [
-                {"object": "embedding", "index": i, "embedding": self._vector(choice.embedding)}
-                for i, choice in enumerate(choices.all)
-            ],
+            # Entry by entry, for each may have thousands of numbers.
+            "data": Long(
+                (
+                    Encoded(
+                        dumps(
+                            {"object": "embedding", "index": i, "embedding": self._vector(choice.embedding)}
+                        )
+                    )
+                    for i, choice in enumerate(choices.all)
+                ),
+                group=1,
+            ),
             "model": self._model,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
@@ -95,22 +105,3 @@ class EmbeddingFormat:
         if self._as_base64:
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
         return vector.tolist()
-
-
-class EmbeddingAnswer(WholeAnswer):
-    """One JSON body. It may have millions of numbers, so it is written on a thread."""
-
-    async def _body(self, choices: Choices) -> bytes:
-        if any(c.finish_reason is FinishReason.ABORT or c.embedding is None for c in choices.all):
-            raise APIError(
-                500, "the request was ended before its embeddings were there", code="request_failed"
-            )
-        return await self._state.in_thread(_encode, self._form, choices)
-
-
-def _encode(form: WholeFormat, choices: Choices) -> bytes:
-    fields = form.whole(choices)
-    # Entry by entry: the encoder keeps Python's lock for as long as one call takes.
-    data = ",".join([json.dumps(entry, separators=(",", ":")) for entry in fields.pop("data")])
-    rest = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
-    return f'{{"data":[{data}],{rest[1:]}'.encode()

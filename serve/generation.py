@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ from jinfer import FinishReason, OutputDelta, PoolingParams, SamplingParams, Tok
 from serve.metrics import RequestClock
 from serve.protocol import APIError
 from serve.state import State
+
+# Of a stream that is not read, in values (about a hundred bytes each); what comes beyond ends it.
+MAX_READY = 1_000_000
+DELTA_VALUES = 3  # what a delta costs beside its tokens
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,15 @@ class Job:
     priority: int = 0
     cache_salt: str = ""
     pooling: PoolingParams | None = None  # embeddings are wanted, and no text
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def values_per_token(self) -> int:
+        """What an output token costs to keep and to show, in log-probabilities."""
+        return 1 if self.params.logprobs is None else 2 + self.params.logprobs
 
 
 class Generation:
@@ -40,9 +54,12 @@ class Generation:
         self._clock = clock
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: list[tuple[int, OutputDelta]] = []
+        self._num_ready = 0  # values in it, see Job.values_per_token
         self._error: BaseException | None = None
         self._open = 0
+        self._untaken = 0
         self._wake = asyncio.Event()
+        self._taken = asyncio.Event()
 
     def start(self) -> None:
         """Hands every prompt to the engine. Its refusals come out of the first `next`."""
@@ -51,21 +68,45 @@ class Generation:
         for i, prompt in enumerate(self._job.prompts):
             request_id = f"{self._job.request_id}-{unique}-{i}"
             self._tasks.append(asyncio.ensure_future(self._pump(i, prompt, request_id)))
-        self._open = len(self._tasks)
+        self._open = self._untaken = len(self._tasks)
+
+    async def taken(self) -> None:
+        """Returns once the engine has taken every prompt. Raises what it raised if it refused one."""
+        await self._taken.wait()
+        if self._error is not None and self._untaken:
+            raise self._error
+
+    async def wait(self, seconds: float) -> bool:
+        """Waits until `next` has something to say; False if that takes longer than `seconds`."""
+        if not self._has_news:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._wake.wait()
+        return self._has_news
+
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._ready) or self._error is not None or not self._open
+
+    def _take_note(self) -> None:
+        self._untaken -= 1
+        if not self._untaken:
+            self._taken.set()
 
     async def next(self) -> list[tuple[int, OutputDelta]] | None:
         """All (prompt index, delta) pairs that are ready, at least one; None after the last.
 
         Raises what the engine raised, or APIError for a delta that reports a fault.
         """
-        while not self._ready:
-            if self._error is not None:
-                raise self._error
-            if not self._open:
-                return None
+        while not self._has_news:
             self._wake.clear()
             await self._wake.wait()
-        ready, self._ready = self._ready, []
+        if not self._ready:
+            if self._error is not None:
+                raise self._error
+            return None
+        ready, self._ready, self._num_ready = self._ready, [], 0
         return ready
 
     async def close(self) -> None:
@@ -84,6 +125,7 @@ class Generation:
                 pooling=job.pooling,
                 priority=job.priority,
                 cache_salt=job.cache_salt,
+                on_taken=self._take_note,
             )
             async with contextlib.aclosing(stream):
                 async for delta in stream:
@@ -92,10 +134,19 @@ class Generation:
                         reason = delta.error or "unknown error"
                         raise APIError(500, f"the request failed: {reason}", code="request_failed")
                     self._ready.append((index, delta))
+                    self._num_ready += DELTA_VALUES + len(delta.token_ids) * job.values_per_token
+                    if self._num_ready > MAX_READY:
+                        raise APIError(
+                            503,
+                            "the answer was not read while it was generated, and the server keeps no more of it: read "
+                            "faster",
+                            code="slow_reader",
+                        )
                     self._wake.set()
         except Exception as error:
             # The first fault speaks for the request.
             self._error = self._error or error
+            self._taken.set()
         finally:
             self._open -= 1
             self._wake.set()
@@ -105,7 +156,7 @@ class Generation:
 class Choice:
     """What one choice of a whole (not streamed) answer has gathered."""
 
-    texts: list[str] = field(default_factory=list)
+    _text: io.StringIO = field(default_factory=io.StringIO)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -115,11 +166,11 @@ class Choice:
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        return self._text.getvalue()
 
     def add(self, delta: OutputDelta) -> None:
         if delta.text:
-            self.texts.append(delta.text)
+            self._text.write(delta.text)
         self.token_ids.extend(delta.token_ids)
         if delta.logprobs:
             self.logprobs.extend(delta.logprobs)
@@ -136,7 +187,7 @@ class Choices:
 
     def __init__(self, job: Job) -> None:
         self._n = job.params.n
-        self._prompt_tokens = sum(map(len, job.prompts))
+        self._prompt_tokens = job.num_prompt_tokens
         self._cached = [0] * len(job.prompts)
         self.generated = 0  # tokens, of all choices
         self.all = [Choice() for _ in range(len(job.prompts) * self._n)]

@@ -217,6 +217,8 @@ def every_field() -> frozenset[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list | dict):  # its text may be as long as the body
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)} members"
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."
 

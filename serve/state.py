@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from jinfer import AsyncEngine, EngineDeadError, RequestError, SamplingParams, ServerConfig
@@ -15,10 +14,11 @@ from serve.logprobs import TokenTexts
 from serve.metrics import Metrics
 from serve.params import Limits
 from serve.protocol import APIError, bad_request, prompt_too_long, unavailable
+from serve.work import Room, Workers
 
 T = TypeVar("T")
 
-WORKERS = 4  # threads for tokenizing and rendering; the tokenizer works outside Python's lock
+ROOM = 8  # of the largest bodies at once
 
 
 class State:
@@ -38,7 +38,8 @@ class State:
         self.created = int(time.time())
         self.started = time.monotonic()
         self.metrics = Metrics(self.model_name, self._read_stats, config.metrics_prefix)
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="serve")
+        self._workers = Workers()
+        self.room = Room(ROOM * config.max_body_bytes)
 
     @property
     def model_name(self) -> str:
@@ -81,6 +82,26 @@ class State:
         if not self.engine.is_ready:
             raise unavailable("the model is still loading: ask again when /ready answers 200", "not_ready", 2)
 
+    def encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """The token ids of a prompt's text. Raises APIError (400) for one with more tokens than the model takes.
+
+        For a thread, unless the text is short. One that is too long by its characters alone is not tokenized.
+        """
+        with self.refusing_long_prompts(param):
+            most = self.engine.max_model_len
+            return self.engine.tokenizer.encode(text, add_special_tokens, max_tokens=most)
+
+    @contextlib.contextmanager
+    def refusing_long_prompts(self, param: str) -> Iterator[None]:
+        """Makes the tokenizer's refusal of a long text an APIError (400) in the words that clients know."""
+        most = self.engine.max_model_len
+        try:
+            yield
+        except RequestError as error:
+            if error.param != "prompt":
+                raise
+            raise prompt_too_long(f"{error} (max_model_len is {most})", param, most) from error
+
     def validate(
         self, ids: Sequence[int], params: SamplingParams, param: str, *, prompt_only: bool = False
     ) -> None:
@@ -106,12 +127,12 @@ class State:
                 code="model_not_found",
             )
 
-    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs what may take long on a thread, so that the streams of other requests go on."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+    async def in_thread(self, function: Callable[..., T], *args: Any, large: bool = False) -> T:
+        """Runs what may take long on a thread, so that the streams of other requests go on; see `Workers.run`."""
+        return await self._workers.run(function, *args, large=large)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
 
     def _read_stats(self) -> Any:
         try:

@@ -7,13 +7,17 @@ from typing import Any
 from serve.chat import prompt_ids
 from serve.fields import is_off
 from serve.inputs import check_token_ids, read_token_ids, read_tools
+from serve.jsonpieces import Long
 from serve.protocol import bad_request
 from serve.schemas import DetokenizeBody, TokenizeBody
 from serve.state import State
 
+MAX_DETOKENIZED = 2**18  # token ids: in one call, which keeps Python's lock for some milliseconds
 
-def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
+
+def tokenize(state: State, fields: dict[str, Any]) -> dict[str, Any]:
     """The token ids of a prompt or of a conversation. Raises APIError or RequestError."""
+    body = TokenizeBody.read(fields)
     state.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
@@ -34,7 +38,7 @@ def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
         if not isinstance(body.prompt, str):
             raise bad_request("prompt is not a string", "prompt")
         adds = body.add_special_tokens is not False
-        ids = state.engine.tokenizer.encode(body.prompt, adds)
+        ids = state.encode(body.prompt, adds, "prompt")
     else:
         ids = prompt_ids(state, body, read_tools(body.tools, "none"), bool(body.add_special_tokens))
 
@@ -44,15 +48,20 @@ def tokenize(state: State, body: TokenizeBody) -> dict[str, Any]:
     return {
         "count": len(ids),
         "max_model_len": state.engine.max_model_len,
-        "tokens": ids,
-        "token_strs": [spelling(i) for i in ids] if body.return_token_strs else None,
+        "tokens": Long(ids),
+        "token_strs": Long(map(spelling, ids)) if body.return_token_strs else None,
     }
 
 
-def detokenize(state: State, body: DetokenizeBody) -> dict[str, Any]:
+def detokenize(state: State, fields: dict[str, Any]) -> dict[str, Any]:
     """The text of token ids, special ones included. Raises APIError for an id outside the vocabulary."""
+    body = DetokenizeBody.read(fields)
     state.check_model(body.model)
     ids = read_token_ids(body.tokens, "tokens")
+    if len(ids) > MAX_DETOKENIZED:
+        raise bad_request(
+            f"tokens has {len(ids)} ids, at most {MAX_DETOKENIZED} are taken: split it", "tokens"
+        )
     check_token_ids(ids, state.engine.vocab_size, "tokens")
     text = state.engine.tokenizer.decode(ids, skip_special_tokens=bool(body.skip_special_tokens))
     return {"prompt": text}

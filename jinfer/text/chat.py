@@ -112,6 +112,7 @@ class ChatTemplate:
         *,
         add_special_tokens: bool = False,
         allow_special_tokens: bool = False,
+        max_tokens: int | None = None,
         **options: Any,
     ) -> tuple[list[int], str]:
         """The prompt of a conversation as token ids and as text.
@@ -121,10 +122,13 @@ class ChatTemplate:
           add_special_tokens: put what the tokenizer puts before a text (templates write their own).
           allow_special_tokens: the text of a special token in a message, tool or document becomes that token; else it
             is ordinary text.
+          max_tokens: a prompt whose length alone shows that it has more is refused (RequestError) and not encoded.
           options: as of `render`.
         """
         encoder = None if allow_special_tokens else self._guard(tokenizer)
         text, mark = self._rendered(messages, encoder=encoder, **options)
+        if max_tokens is not None:
+            tokenizer.refuse_long(text if mark is None else text.replace(mark, ""), max_tokens)
         if mark is None:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens), text
         assert encoder is not None

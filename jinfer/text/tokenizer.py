@@ -5,6 +5,7 @@ tokenizer class rewrites what `tokenizer.json` says (Llama 2's does), or other f
 transformers builds the tokenizer, so that tokens are always the ones `AutoTokenizer` gives.
 """
 
+import functools
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import tokenizers
 
 from jinfer.errors import ModelError, RequestError
 from jinfer.text.files import added_token, extra_special_tokens, is_changed_at_load, read_json, special_tokens
+from jinfer.text.lengths import characters_per_token
 from jinfer.text.pieces import Pieces
 from jinfer.token_ids import read_token_ids
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from jinfer.text.echo import Echo, TextOffsets
 
 logger = logging.getLogger(__name__)
+
+LONG_TEXT = 4096  # characters; shorter ones take less than the hop to a thread of the library's
 
 # The classes that take tokenizer.json as it is.
 _PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
@@ -85,22 +89,55 @@ class Tokenizer:
             cleans_up_spaces=_cleans_up(backend, config),
         )
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None
+    ) -> list[int]:
         """The token ids of a text; `add_special_tokens` adds what the tokenizer's template adds (mostly BOS).
 
+        A long text is encoded outside Python's lock, so other threads go on.
+
         Raises:
-          RequestError: the text holds half of a surrogate pair, which no encoding can express.
+          RequestError: the text holds half of a surrogate pair, which no encoding can express; or it has more than
+            `max_tokens` tokens. Where its length alone shows that, it is refused without being encoded.
         """
+        if max_tokens is not None:
+            self.refuse_long(text, max_tokens)
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < LONG_TEXT:
+                encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            else:
+                # `encode` holds Python's lock throughout, the methods for batches do not.
+                (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:
             _refuse_surrogates(text)
             raise
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise RequestError(
+                f"the text has {len(encoding)} tokens, expected at most {max_tokens}: shorten it",
+                param="prompt",
+            )
+        return encoding.ids
+
+    @functools.cached_property
+    def characters_per_token(self) -> int | None:
+        """The most characters of a text that one token can stand for; None where there is no limit."""
+        return characters_per_token(self.backend)
+
+    def refuse_long(self, text: str, max_tokens: int) -> None:
+        """Raises RequestError for a text whose length alone shows that it has more than `max_tokens` tokens."""
+        if len(text) <= max(max_tokens, LONG_TEXT) or self.characters_per_token is None:
+            return
+        if len(text) > max_tokens * self.characters_per_token:
+            raise RequestError(
+                f"the text has {len(text)} characters and its tokens have at most {self.characters_per_token} each, so "
+                f"it has more than {max_tokens} tokens: shorten it",
+                param="prompt",
+            )
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts at once, on several threads."""
         try:
-            encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError:
             for text in texts:
                 _refuse_surrogates(text)
@@ -109,7 +146,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Ids that the vocabulary does not have contribute nothing."""
-        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) < LONG_TEXT:
+            text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:  # outside Python's lock
+            (text,) = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self.cleans_up_spaces else text
 
     def echo(self, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> "Echo":

@@ -142,6 +142,8 @@ def test_stream_options_need_a_stream(client):
         ([10**40], "outside the vocabulary"),
         ([1] * 1000, "max_model_len"),
         ("x" * 1000, "max_model_len"),
+        ("x" * 3_000_000, "characters"),
+        (["hi", "x" * 3_000_000], "characters"),
     ],
 )
 def test_prompts(client, engine, prompt, words):
@@ -167,6 +169,17 @@ def test_a_prompt_too_long_has_openais_code(client):
         assert error["code"] == "context_length_exceeded"
         # The words by which clients know it, as OpenAI writes them.
         assert "This model's maximum context length is 1000 tokens" in error["message"]
+
+
+def test_texts_too_long_by_their_characters(client):
+    text = "x" * 3_000_000
+    for response, param in (
+        (client.chat(text), "messages"),
+        (client.post("/tokenize", {"prompt": text}), "prompt"),
+        (client.post("/v1/embeddings", {"input": text}), "input"),
+    ):
+        error = client.fault(response, 400)
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 
 
 @pytest.mark.parametrize("value", ["logprobs", 21, -1, True, 1.5])
@@ -204,7 +217,7 @@ def test_bodies_that_are_not_json(client, path, raw):
     error = client.fault(response, 400)
     assert error["type"] == "invalid_request_error"
     assert response.content.isascii()
-    assert error["code"] == "invalid_json" or raw == RAW["beyond floats"]
+    assert error["code"] in ("invalid_json", "body_too_complex") or raw == RAW["beyond floats"]
 
 
 def test_large_bodies_are_parsed_off_the_event_loop_and_refused_the_same(client):

@@ -126,11 +126,10 @@ def test_a_full_queue(client, engine, stream):
     client.chat(stream=stream).raise_for_status()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_takes_too_long_before_its_first_token(make_client, stream):
+def test_a_request_that_takes_too_long_before_its_first_token(make_client):
     client = make_client(request_timeout=0.15)
     client.engine.hold_at = 0
-    response = client.chat(stream=stream)
+    response = client.chat()
     error = client.fault(response, 504)
     assert error["code"] == "request_timeout"
     assert "0.15 s" in error["message"]
@@ -141,6 +140,15 @@ def test_a_request_that_takes_too_long_after_it(make_client):
     client = make_client(request_timeout=0.15)
     client.engine.hold_at = 5
     client.fault(client.chat(), 504)
+
+
+def test_a_stream_that_takes_too_long_before_its_first_token_says_so(make_client, events):
+    client = make_client(request_timeout=0.15)
+    client.engine.hold_at = 0
+    response = client.chat(stream=True)
+    assert response.status_code == 200  # the engine had taken the request
+    (last,) = events(response.content)
+    assert last["error"]["code"] == "request_timeout"
 
 
 def test_a_stream_that_takes_too_long_says_so(make_client, events):

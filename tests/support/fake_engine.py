@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,6 +105,7 @@ class FakeAsyncEngine:
         pooling: PoolingParams | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        on_taken: Callable[[], None] | None = None,
     ) -> AsyncIterator[OutputDelta]:
         if self.draining or self.error:
             raise EngineDeadError(self.error or "shutting down")
@@ -124,6 +125,8 @@ class FakeAsyncEngine:
         arrival = time.monotonic()
         try:
             await asyncio.sleep(0)
+            if on_taken is not None:
+                on_taken()
             writers = [
                 _Writer(self, request_id, i, prompt_token_ids, params, arrival) for i in range(params.n)
             ]
