@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ModelError,
         QueueFullError,
         RequestError,
+        RequestFailedError,
         UserError,
         WeightsError,
     )
@@ -65,6 +66,7 @@ _HOMES = {
     "ModelError": "jinfer.errors",
     "QueueFullError": "jinfer.errors",
     "RequestError": "jinfer.errors",
+    "RequestFailedError": "jinfer.errors",
     "UserError": "jinfer.errors",
     "WeightsError": "jinfer.errors",
     "forward": "jinfer.models.functional",
@@ -87,6 +89,7 @@ __all__ = [
     "PoolingParams",
     "QueueFullError",
     "RequestError",
+    "RequestFailedError",
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",

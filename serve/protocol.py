@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from jinfer import EngineDeadError, QueueFullError, RequestError
+from jinfer import EngineDeadError, QueueFullError, RequestError, RequestFailedError
 
 logger = logging.getLogger("serve")
 
@@ -104,6 +104,8 @@ def as_api_error(error: BaseException, *, log: bool = True) -> APIError:
         return APIError(429, str(error), kind="rate_limit_error", code="queue_full", headers=wait)
     if isinstance(error, RequestError):
         return bad_request(str(error), error.param, error.code)
+    if isinstance(error, RequestFailedError):
+        return APIError(500, f"the request failed: {error}", code="request_failed")
     if isinstance(error, EngineDeadError):
         return APIError(500, str(error), code="engine_dead")
     if isinstance(error, HTTPException):
@@ -142,7 +144,9 @@ def install_handlers(app: FastAPI) -> None:
     handlers: dict[Any, Any] = {
         HTTPException: on_http_error,
         ClientDisconnect: on_disconnect,
-        **dict.fromkeys((APIError, RequestError, EngineDeadError, RequestValidationError), on_error),
+        **dict.fromkeys(
+            (APIError, RequestError, RequestFailedError, EngineDeadError, RequestValidationError), on_error
+        ),
         Exception: on_unexpected,
     }
     for kind, handler in handlers.items():

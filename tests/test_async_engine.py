@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jinfer import LLM, PoolingParams, RequestError, SamplingParams, load_params
-from jinfer.errors import ModelError, QueueFullError
+from jinfer.errors import ModelError, QueueFullError, RequestFailedError
 from jinfer.request import FinishReason
 from tests.support.engines import SMALL, greedy
 from tests.support.models import make_llama, random_prompt
@@ -221,6 +221,33 @@ def test_a_bad_request_is_refused_alone(shared):
         assert "9999" in str(refused)
         assert not isinstance(served, BaseException)
         assert len(tokens(served)) == 3
+        await check_idle(shared)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "options"),
+    [
+        (None, greedy(3), {}),
+        (iter([1, 2]), greedy(3), {}),
+        (PROMPT, greedy(3), {"pooling": "last"}),
+        (PROMPT, greedy(3), {"priority": [1]}),
+        (PROMPT, greedy(3), {"cache_salt": b"salt"}),
+    ],
+    ids=["no prompt", "iterator", "pooling", "priority", "salt"],
+)
+def test_what_no_check_foresaw_ends_that_request_alone(shared, prompt, params, options):
+    """Faults of the caller's own code, which have no check of their own, must not reach the engine's loop."""
+
+    async def scenario():
+        await shared.wait_ready()
+        served = asyncio.create_task(collect(shared, PROMPT, greedy(20), "good"))
+        await asyncio.sleep(0)
+        with pytest.raises((RequestError, RequestFailedError)):
+            await collect(shared, prompt, params, "bad", **options)
+        assert len(tokens(await served)) == 20
+        assert shared.is_healthy
         await check_idle(shared)
 
     play(scenario)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jinfer import RequestError
+from jinfer import RequestError, RequestFailedError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
@@ -118,6 +118,14 @@ def test_a_fault_in_one_request(client, engine, events, stream):
     assert "a planted fault" in error["message"]
     engine.fail_request_at = None
     client.chat(stream=stream).raise_for_status()
+
+
+def test_a_fault_in_taking_a_request(client, engine):
+    engine.refusal = RequestFailedError("a planted fault")
+    error = client.fault(client.chat(), 500)
+    assert (error["code"], error["message"]) == ("request_failed", "the request failed: a planted fault")
+    engine.refusal = None
+    client.chat().raise_for_status()
 
 
 def test_draining(client, engine, wire, events):

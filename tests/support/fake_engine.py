@@ -79,6 +79,7 @@ class FakeAsyncEngine:
         self.fail_at: int | None = None
         self.fail_request_at: int | None = None
         self.capacity = 10**6
+        self.refusal: Exception | None = None  # what taking a request raises
         self.finished: dict[str, int] = {}
         self.draining = False
 
@@ -109,6 +110,8 @@ class FakeAsyncEngine:
     ) -> AsyncIterator[OutputDelta]:
         if self.draining or self.error:
             raise EngineDeadError(self.error or "shutting down")
+        if self.refusal is not None:
+            raise self.refusal
         if len(self.running) >= self.capacity:
             raise QueueFullError("the queue is full: try again later", retry_after=7)
         assert request_id not in self.running
