@@ -28,7 +28,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--seed", type=int, default=0, help="which requests; the same seed sends the same bytes")
     add("--requests", type=int, default=10_000, help="how many")
-    add("--only", type=int, default=None, metavar="INDEX", help="this one request of the seed, by itself")
+    add(
+        "--only",
+        type=int,
+        default=None,
+        metavar="INDEX",
+        help="this one request of the seed, with its answer",
+    )
     add("--url", default=None, help="a server that runs already; it is not restarted when it dies")
     add("--model", default="tiny", help="model of the server that is started")
     add("--concurrency", type=int, default=Limits.concurrency, help="requests at a time")
@@ -68,6 +74,8 @@ async def _try(args: argparse.Namespace, server: Server | None) -> int:
     before = memory(pid) if pid is not None else None
     result, watch = await fuzz(address, args.seed, indexes, limits, pid, lambda text: print(text, flush=True))
     after = memory(pid) if pid is not None and not result.is_dead else None
+    if args.only is not None and result.last is not None:
+        print(result.last.status, result.last.headers, result.last.body[:2000], result.last.error or "")
     print(figures(result, watch, before, after))
     problems = list(watch.complaints)
     if before is not None and after is not None and after - before > args.memory_limit_mb * 1e6:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tools.fuzz_server.endpoints import Endpoint, fits
-from tools.fuzz_server.examples import COSTLY, ELSEWHERE, EXAMPLES, least
+from tools.fuzz_server.examples import COSTLY, ELSEWHERE, EXAMPLES, EXTREMES, least
 from tools.fuzz_server.hostile import INTEGERS, hostile, long_value, nested
 from tools.fuzz_server.jsontext import Pairs, Raw, encode
 
@@ -26,6 +26,8 @@ class Made:
 
 def make_body(endpoint: Endpoint, rng: random.Random) -> Made:
     """A body for an endpoint, valid or not."""
+    if rng.random() < 0.05:
+        return _made(_extreme(endpoint, rng), "extremes")
     costly = rng.random() < COSTLY_SHARE
     body = _valid(endpoint, rng, costly)
     kind = rng.random()
@@ -79,6 +81,16 @@ def _valid(endpoint: Endpoint, rng: random.Random, costly: bool) -> dict[str, An
     elif rng.random() < 0.3 or body.get("min_tokens", 0) > 64:
         body.pop("max_tokens", None)  # up to the model's length
     return body
+
+
+def _extreme(endpoint: Endpoint, rng: random.Random) -> dict[str, Any]:
+    """A short body with one to three fields at the far end of their range."""
+    body = copy.deepcopy(least(endpoint.fields))
+    names = sorted(EXTREMES.keys() & endpoint.fields.keys())
+    chosen = rng.sample(names, min(len(names), rng.randrange(1, 4)))
+    if rng.random() < 0.5 and "n" not in chosen:
+        body.pop("max_tokens", None)
+    return body | {name: copy.deepcopy(rng.choice(EXTREMES[name])) for name in chosen}
 
 
 def _of_type(types: frozenset[str], rng: random.Random) -> Any:

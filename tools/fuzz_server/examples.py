@@ -109,6 +109,27 @@ COSTLY: dict[str, tuple[Any, ...]] = {
     "tokens": ([5] * 200_000,),
     "messages": ([USER] * 2000,),
 }
+# The far ends of what is valid, for a body that is short otherwise.
+EXTREMES: dict[str, tuple[Any, ...]] = {
+    "min_tokens": (2**31 - 1, 500),
+    "max_tokens": (1, 2**31 - 1, 500),
+    "n": (64,),
+    "stop": ([chr(97 + i) * 1000 for i in range(16)],),
+    "stop_token_ids": (list(range(30)),),
+    "logit_bias": ({str(i): 100 for i in range(1024)}, {str(i): -100 for i in range(1024)}),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (1e-38, 100),
+    "temperature": (100, 5e-324),
+    "top_k": (1, 2**31 - 1),
+    "top_p": (5e-324,),
+    "min_p": (1,),
+    "seed": (2**63 - 1, -(2**63)),
+    "priority": (2**31 - 1, -(2**31 - 1)),
+    "prompt_logprobs": (20,),
+    "cache_salt": ("\U0010ffff" * 1024,),
+    "ignore_eos": (True,),
+}
 # Fields that other servers know, harmless or not.
 ELSEWHERE = (
     "best_of", "suffix", "response_format", "functions", "function_call", "guided_json", "guided_regex", "store",

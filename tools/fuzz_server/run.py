@@ -49,6 +49,7 @@ class Result:
     seconds: float = 0.0
     is_dead: bool = False
     running_at_death: tuple[Case, ...] = ()
+    last: Answer | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _note(
 ) -> None:
     result.requests += 1
     result.statuses[str(answer.status) if answer.status else "left" if answer.left else "none"] += 1
+    result.last = answer
     complaint = judge(case, answer)
     if complaint is None:
         return

@@ -18,7 +18,7 @@ def judge(case: Case, answer: Answer) -> str | None:
     if answer.status is None:
         return f"no answer: {answer.error}" if case.due else None
     if answer.status >= 500:
-        return _server_error(answer)
+        return _server_error(case, answer)
     if not answer.complete:
         return f"the answer broke off: {answer.error}" if case.due else None
     if case.method == b"HEAD":
@@ -34,13 +34,13 @@ def judge(case: Case, answer: Answer) -> str | None:
     return None
 
 
-def _server_error(answer: Answer) -> str | None:
+def _server_error(case: Case, answer: Answer) -> str | None:
     """A 503 may say that the server is busy or going, and when to come again. Everything else is a fault, but for the
     501 that HTTP asks for where a transfer encoding is not known."""
     error = _error_of(_json(answer.body))
     code = error.get("code")
-    if answer.status == 501 and code == "invalid_http":
-        return _error_body(answer)
+    if answer.status == 501 and (code == "invalid_http" or case.method == b"HEAD"):
+        return None if case.method == b"HEAD" else _error_body(answer)
     if answer.status == 503 and code and code not in FAULTS and "retry-after" in answer.headers:
         return _error_body(answer)
     return f"status {answer.status}: {str(error.get('message', answer.body[:200]))[:300]} ({code})"
