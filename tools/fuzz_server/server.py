@@ -25,12 +25,12 @@ FLAGS = (
 class Server:
     """A running server. Raises RuntimeError if it does not become ready.
 
-    log: the file that what it writes is appended to; None: a file that goes with it.
+    log: the file that has what it writes; None: a file that goes with it.
     """
 
     def __init__(self, model: str, flags: Sequence[str], log: str | None = None) -> None:
         command = [sys.executable, "-m", "jinfer.serve", "--model", model, "--port", "0", *FLAGS, *flags]
-        self._log = open(log, "ab") if log else tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self._log = open(log, "wb") if log else tempfile.NamedTemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log
         )
