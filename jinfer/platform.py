@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 
+from jinfer import compile_cache
 from jinfer.config import EngineConfig
+from pallas_kernels import userfiles
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +33,34 @@ def prepare_platform(config: EngineConfig) -> None:
     if config.num_devices > 1:
         _ask_for_cpu_devices(config.num_devices)
     if _setting("jax_compilation_cache_dir") is None and config.compilation_cache_dir != "off":
-        folder = config.compilation_cache_dir or str(default_cache_folder())
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logger.warning("no compile cache at %s: %s", folder, error)
+        folder = _compile_cache_folder(config.compilation_cache_dir)
+        if folder is None:
             return
         jax.config.update("jax_compilation_cache_dir", folder)
         # Every program of a step is worth keeping: a start compiles a dozen.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        if "://" not in folder:
+            compile_cache.install(Path(folder))
+
+
+def _compile_cache_folder(given: str | None) -> str | None:
+    """Where compiled programs are kept; None, with a line of log, where they cannot be."""
+    if given is None:
+        folder = userfiles.cache_folder("jinfer/programs")
+        if folder is None:
+            logger.warning(
+                "no compile cache: neither the user's cache nor the folder for temporary files can be written, so "
+                "each start compiles anew; name a folder with compilation_cache_dir"
+            )
+        return None if folder is None else str(folder)
+    if "://" in given:
+        return given  # jax reads such stores by itself
+    try:
+        return str(userfiles.make_folder(Path(given)))
+    except OSError as error:
+        logger.warning("no compile cache, each start compiles anew: %s", error)
+        return None
 
 
 def _skip_absent_tpu() -> None:
@@ -63,12 +83,6 @@ def _has_tpu() -> bool:
         except OSError:
             continue
     return False
-
-
-def default_cache_folder() -> Path:
-    """The user's cache folder, as the XDG base directory specification has it."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "jinfer" / "xla"
 
 
 def _ask_for_cpu_devices(count: int) -> None:

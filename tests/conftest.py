@@ -18,6 +18,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # A silent promotion (bf16 + f32) hides a cast nobody chose. Code that must mix says so with an explicit cast.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A second run of the suite finds its compiled programs here.
+CACHE.mkdir(parents=True, exist_ok=True)
+CACHE.chmod(0o700)  # servers that tests start use it too, and refuse one that others could write to
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

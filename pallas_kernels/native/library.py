@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -14,6 +16,10 @@ from pathlib import Path
 
 import jax.ffi
 from jaxlib import version as jaxlib_version
+
+from pallas_kernels import userfiles
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 TARGETS = (
@@ -33,11 +39,10 @@ def load() -> str | None:
     Returns:
       None when they can be called, else a sentence that says why not.
     """
+    folder = userfiles.cache_folder("pallas_kernels")
+    key = _fingerprint()
     try:
-        file = cache_folder() / f"kernels-{_fingerprint()}.so"
-        if not file.exists():
-            compile_library(file)
-        library = ctypes.CDLL(str(file))
+        library = _kept(folder, key) or _compiled(folder, key)
     except (OSError, subprocess.SubprocessError) as error:
         return f"the native CPU kernels cannot be compiled: {error}"
     for name in TARGETS:
@@ -45,19 +50,45 @@ def load() -> str | None:
     return None
 
 
-def cache_folder() -> Path:
-    """A folder that only this user can write to: in the user's cache, or a fresh one where that cannot be written."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(base) / "pallas_kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = folder.stat()
-        is_own = os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
-        if is_own and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="pallas_kernels-"))
+def _kept(folder: Path | None, key: str) -> ctypes.CDLL | None:
+    """The library that an earlier process compiled. Its name has the hash of its bytes; one that differs, or that the
+    system cannot load, is deleted."""
+    for file in sorted(folder.glob(f"kernels-{key}-*.so")) if folder is not None else ():
+        try:
+            if file.name != _name(key, userfiles.read(file)):
+                raise OSError("its bytes have changed since it was written")
+            return ctypes.CDLL(str(file))
+        except OSError as error:
+            logger.warning("%s is compiled again: %s", file, error)
+            with contextlib.suppress(OSError):
+                file.unlink()
+    return None
+
+
+def _compiled(folder: Path | None, key: str) -> ctypes.CDLL:
+    """The library, compiled now and kept for later if there is a folder that takes it."""
+    failure: Exception | None = None
+    for place in (
+        (None,) if folder is None else (folder, None)
+    ):  # None: the system's, where the cache's disk is full
+        try:
+            with tempfile.TemporaryDirectory(prefix="kernels-", dir=place) as scratch:
+                made = Path(scratch) / "kernels.so"
+                compile_library(made)
+                if place is not None:
+                    # Moved into place whole, so that no process ever loads half a file.
+                    kept = place / _name(key, made.read_bytes())
+                    os.replace(made, kept)
+                    made = kept
+                return ctypes.CDLL(str(made))  # stays mapped when the file is gone
+        except (OSError, subprocess.SubprocessError) as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _name(key: str, data: bytes) -> str:
+    return f"kernels-{key}-{hashlib.sha256(data).hexdigest()[:32]}.so"
 
 
 def compile_library(file: Path) -> None:
@@ -72,21 +103,17 @@ def compile_library(file: Path) -> None:
         raise FileNotFoundError(
             f"no C compiler found (looked for {', '.join(COMPILERS)}): install gcc or clang"
         )
-    # Written beside and moved into place, so that no process ever loads half a file.
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        made = Path(scratch) / file.name
-        native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-        command = [compiler, "-O3", native, "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}"]
-        done = subprocess.run(
-            [*command, "-o", str(made), str(SOURCES / "kernels.c"), "-lm"],
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise subprocess.SubprocessError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-        os.replace(made, file)
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    command = [compiler, "-O3", native, "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}"]
+    done = subprocess.run(
+        [*command, "-o", str(file), str(SOURCES / "kernels.c"), "-lm"],
+        capture_output=True,
+        text=True,
+        timeout=COMPILE_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        raise subprocess.SubprocessError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
 
 
 def _fingerprint() -> str:

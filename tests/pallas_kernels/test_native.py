@@ -1,6 +1,8 @@
 """The native CPU kernels: compiled, kept, refused, and right."""
 
+import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -78,24 +80,99 @@ def test_a_shape_or_dtype_outside_the_contract_is_refused(call, message):
         call()
 
 
-@needs_compiler
-def test_the_library_is_compiled_once_and_kept(tmp_path, monkeypatch):
-    compiled, registered = [], []
-    compile_library = library.compile_library
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("made") / "kernels.so"
+    library.compile_library(file)
+    return file
+
+
+@pytest.fixture
+def loading(tmp_path, monkeypatch, made):
+    """`load` as in a new process with an empty cache, the folder of its files, and the files that it compiled."""
+    compiled: list[Path] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        library, "compile_library", lambda file: compiled.append(file) or compile_library(file)
+        library, "compile_library", lambda file: compiled.append(file) or shutil.copy(made, file)
     )
     # XLA takes a name once per process, and has these already.
+    monkeypatch.setattr(library.jax.ffi, "register_ffi_target", lambda *_, **__: None)
+    return library.load.__wrapped__, tmp_path / "pallas_kernels", compiled
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_kept(loading, monkeypatch):
+    load, folder, compiled = loading
+    registered = []
     monkeypatch.setattr(
         library.jax.ffi, "register_ffi_target", lambda name, *_, **__: registered.append(name)
     )
-    load = library.load.__wrapped__
     assert load() is None
     assert load() is None
     assert len(compiled) == 1
-    assert compiled[0].parent == tmp_path / "pallas_kernels"
+    (kept,) = folder.iterdir()
+    assert kept.suffix == ".so"
     assert registered == 2 * list(library.TARGETS)
+
+
+def replace(file: Path, data: bytes) -> None:
+    """A file of its own: the old one is mapped into this process, which a change in place would kill."""
+    file.unlink()
+    file.write_bytes(data)
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["empty", "cut off", "one byte", "others may write", "not loadable"])
+def test_a_damaged_library_is_compiled_again_with_one_warning(loading, caplog, damage):
+    load, folder, compiled = loading
+    assert load() is None
+    (kept,) = folder.iterdir()
+    good = kept.read_bytes()
+    if damage == "others may write":
+        kept.chmod(0o777)
+    elif damage == "not loadable":  # whole, but made for another C library
+        kept.unlink()
+        other = b"no library at all"
+        (folder / library._name(kept.name.split("-")[1], other)).write_bytes(other)
+    else:
+        half = len(good) // 2
+        replace(
+            kept, {"empty": b"", "cut off": good[:half]}.get(damage, good[:half] + b"?" + good[half + 1 :])
+        )
+    assert load() is None
+    assert len(compiled) == 2
+    assert len(caplog.records) == 1
+    (again,) = folder.iterdir()
+    assert len(again.read_bytes()) == len(good)
+    assert load() is None
+    assert len(compiled) == 2
+    assert len(caplog.records) == 1
+
+
+@needs_compiler
+def test_where_no_cache_can_be_had_nothing_is_left_behind(loading, monkeypatch):
+    load, folder, compiled = loading
+    monkeypatch.setattr(library.userfiles, "cache_folder", lambda name: None)
+    assert load() is None
+    assert len(compiled) == 1
+    assert not compiled[0].exists()
+    assert not compiled[0].parent.exists()
+    assert not folder.exists()
+
+
+@needs_compiler
+def test_a_cache_on_a_full_disk_is_done_without(loading, monkeypatch):
+    load, folder, _ = loading
+    compile_library = library.compile_library
+
+    def full(file: Path) -> None:
+        if file.is_relative_to(folder):
+            raise subprocess.SubprocessError("cc failed: No space left on device")
+        compile_library(file)
+
+    monkeypatch.setattr(library, "compile_library", full)
+    assert load() is None
+    assert list(folder.iterdir()) == []
 
 
 def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
@@ -109,10 +186,3 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "SOURCES", tmp_path)
     with pytest.raises((subprocess.SubprocessError, OSError), match=r"failed|no C compiler"):
         library.compile_library(tmp_path / "made.so")
-
-
-def test_a_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "pallas_kernels").mkdir()
-    (tmp_path / "pallas_kernels").chmod(0o777)
-    assert library.cache_folder() != tmp_path / "pallas_kernels"

@@ -14,7 +14,7 @@ from tools.fuzz_server.cases import Case
 from tools.fuzz_server.report import explain_faults, explain_stalls, figures, repeat
 from tools.fuzz_server.run import Limits, Result, fault_alone, fuzz
 from tools.fuzz_server.server import Server, memory, started
-from tools.fuzz_server.shrink import first_that_fails, shrunk
+from tools.fuzz_server.shrink import shrunk
 
 DEAD_TRIES = 12  # shorter bodies that are tried, each with a new server
 
@@ -84,8 +84,8 @@ async def _try(args: argparse.Namespace, server: Server | None) -> int:
         problems += await explain_faults(address, result, limits)
         problems += await explain_stalls(address, result, limits, pid)
     elif server is None:
-        indexes = sorted(case.index for case in result.running_at_death)
-        problems.append(f"the server died while these ran: {indexes}; run them one by one with --only")
+        last = [case.index for case in result.before_death]
+        problems.append(f"the server died; its last requests, to be run one by one with --only: {last}")
     else:
         problems.append(await _explain_death(args, result, limits))
     if server is not None:
@@ -100,20 +100,20 @@ async def _try(args: argparse.Namespace, server: Server | None) -> int:
 
 
 async def _explain_death(args: argparse.Namespace, result: Result, limits: Limits) -> str:
-    """What the server died of, looked for with a fresh server for each request that ran at that time."""
+    """What the server died of: its last requests are sent to a new one, each when the one before has ended."""
 
     async def kills(case: Case) -> bool:
         with started(args.model, args.server_flags) as fresh:
             return await fault_alone(fresh.address, case, limits) is not None
 
-    suspects = (result.faults[-1].case, *result.running_at_death)
-    suspects = tuple({case.index: case for case in suspects if case.body}.values())
-    print(
-        f"the server died; trying {len(suspects)} requests alone, each with a server of its own", flush=True
-    )
-    case = await first_that_fails(suspects, kills)
-    if case is None:
-        return f"the server died while these ran, none of which does it alone: {sorted(c.index for c in suspects)}"
+    suspects = [case for case in result.before_death if case.body]
+    print(f"the server died; its last {len(suspects)} requests go to a new one, one by one", flush=True)
+    with started(args.model, args.server_flags) as fresh:
+        for case in suspects:
+            if await fault_alone(fresh.address, case, limits) is not None:
+                break
+        else:
+            return f"the server died of none of its last requests alone: {[each.index for each in suspects]}"
     case = await shrunk(case, kills, DEAD_TRIES)
     return f"the server dies of request {case.index} ({case.note})\n  {repeat(case, ('127.0.0.1', 8000))}"
 

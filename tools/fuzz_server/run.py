@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ Address = tuple[str, int]  # host and port
 TICK_SECONDS = 0.1
 CANARY_SECONDS = 1.0
 MAX_FAULTS = 20
+SUSPECTS = 60  # cases that a dead server may have died of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Result:
     requests: int = 0
     seconds: float = 0.0
     is_dead: bool = False
-    running_at_death: tuple[Case, ...] = ()
+    before_death: tuple[Case, ...] = ()  # the cases that began last, in their order
     last: Answer | None = None
 
 
@@ -98,14 +99,16 @@ async def run_cases(
 ) -> Result:
     """Runs all cases, or until the server has died or shown MAX_FAULTS faults."""
     result, running = Result(), dict[int, Case]()
+    begun: deque[Case] = deque(maxlen=SUSPECTS)
     begin, waiting = time.monotonic(), iter(cases)
 
     async def work() -> None:
         for case in waiting:
             running[case.index] = case
+            begun.append(case)
             answer = await exchange(address, case, limits.timeout)
             if not result.is_dead:
-                _note(result, case, answer, running, say)
+                _note(result, case, answer, begun, say)
             del running[case.index]
             if result.is_dead or len(result.faults) >= MAX_FAULTS:
                 return
@@ -137,7 +140,7 @@ async def run_cases(
 
 
 def _note(
-    result: Result, case: Case, answer: Answer, running: dict[int, Case], say: Callable[[str], None]
+    result: Result, case: Case, answer: Answer, begun: Iterable[Case], say: Callable[[str], None]
 ) -> None:
     result.requests += 1
     result.statuses[str(answer.status) if answer.status else "left" if answer.left else "none"] += 1
@@ -149,7 +152,7 @@ def _note(
     say(f"request {case.index} ({case.note}): {complaint}")
     if "engine_dead" in complaint or "ConnectionRefused" in complaint or "Connect call failed" in complaint:
         result.is_dead = True
-        result.running_at_death = tuple(running.values())
+        result.before_death = tuple(begun)
 
 
 async def fault_alone(address: Address, case: Case, limits: Limits) -> str | None:

@@ -1,4 +1,4 @@
-"""Finds the case behind a fault, and makes its body shorter."""
+"""Makes the body of a case that fails shorter."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from typing import Any
 from tools.fuzz_server.cases import Case
 
 Fails = Callable[[Case], Awaitable[bool]]
-
-
-async def first_that_fails(cases: tuple[Case, ...], fails: Fails) -> Case | None:
-    """The first case that fails by itself."""
-    for case in cases:
-        if await fails(case):
-            return case
-    return None
 
 
 async def shrunk(case: Case, fails: Fails, tries: int) -> Case:
