@@ -7,7 +7,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module of jinfer may import from its own floor and from those below it. Every part has a floor.
 FLOORS = [
-    {"config", "mesh", "errors", "interrupts", "token_ids", "text", "cli", "compile_cache", "platform", "assets"},
+    {
+        "config",
+        "mesh",
+        "errors",
+        "interrupts",
+        "token_ids",
+        "text",
+        "cli",
+        "compile_cache",
+        "platform",
+        "assets",
+    },
     {"layers", "weights"},
     {"models", "sampling", "cache"},
     {"pooling", "defaults"},
