@@ -81,8 +81,8 @@ def _fit_message(message: Any, where: str, needs: Needs) -> Message:
     role = message["role"]
     if role not in ROLES and role not in needs.words:
         raise refused(
-            f"{where}.role is {role[:_SHOWN]!r}, which the model's chat template does not know: expected one of "
-            f"{', '.join(ROLES)}"
+            f"{where}.role is an unknown role, {role[:_SHOWN]!r}: the model's chat template does not read it, expected "
+            f"one of {', '.join(ROLES)}"
         )
     if role == "developer" and not needs.has_developer:
         role = "system"

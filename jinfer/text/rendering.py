@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jinja2
 from jinfer.errors import RequestError
 from jinfer.text.dropped import check_shown
 from jinfer.text.messages import fit, refused, unusual_fields
-from jinfer.text.sandbox import TemplateEnvironment
+from jinfer.text.sandbox import TemplateEnvironment, TemplateLimitError
 from jinfer.text.special_text import SpecialText, unescaped
 from jinfer.text.template_needs import ABSENT, Needs, study
 
@@ -49,6 +50,7 @@ class Renderer:
         self._arm(max_seconds)
         self._source = source
         self._max_seconds = max_seconds
+        self._until = 0.0
         self._special_tokens = dict(special_tokens)
         self._environment = TemplateEnvironment(max_characters, max_seconds)
         self._template = self._environment.from_string(source)
@@ -69,6 +71,8 @@ class Renderer:
         Raises:
           RequestError: the messages cannot be rendered, or not without losing something of them.
         """
+        # The check for what is lost renders again; all together take twice the time of one rendering at most.
+        self._until = time.thread_time() + 2 * self._max_seconds
         try:
             return self._render(request)
         except RequestError:
@@ -114,8 +118,11 @@ class Renderer:
         return self._environment.render(self._template, {**self._special_tokens, **variables}, _PROBE_SECONDS)
 
     def _make(self, variables: dict[str, Any]) -> str:
-        self._arm(self._max_seconds)
-        return self._environment.render(self._template, variables)
+        seconds = min(self._max_seconds, self._until - time.thread_time())
+        if seconds <= 0:
+            raise TemplateLimitError(f"it ran longer than {self._max_seconds:g} seconds")
+        self._arm(seconds)
+        return self._environment.render(self._template, variables, seconds)
 
     def _rendered(self, variables: dict[str, Any]) -> str:
         try:

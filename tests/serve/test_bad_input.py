@@ -1,5 +1,6 @@
 """Whatever is wrong with a request: a 4xx that names it, in OpenAI's form, and the server goes on."""
 
+import functools
 import json
 
 import httpx
@@ -10,6 +11,11 @@ from serve.fields import HARMLESS, NEUTRAL
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TALK = [{"role": "user", "content": "hi"}]
+DEEP_CALL = {"type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}
+DEEP_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": functools.reduce(lambda x, _: [x], range(150), 1)},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +43,8 @@ def serves_on(client):
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "messages"),
+        ({"messages": [*TALK, {"role": "assistant", "tool_calls": [DEEP_CALL]}]}, "messages"),
+        ({"tools": [DEEP_TOOL], "tool_choice": "none"}, "tools"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": -1}, "temperature"),
@@ -299,7 +307,7 @@ def test_long_wrong_values_are_not_repeated_at_length(client):
 
 def test_a_template_that_refuses(client, engine):
     class Refuses:
-        def render(self, *args, **kwargs):
+        def tokens(self, *args, **kwargs):
             raise RequestError("roles must alternate", param="messages")
 
     template, engine.chat_template = engine.chat_template, Refuses()
