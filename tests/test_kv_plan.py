@@ -13,7 +13,7 @@ from jinfer.kv_plan import full_plan, group_layers, plan_kv, step_bytes
 from jinfer.mesh import make_mesh
 from jinfer.models.hf_config import read_config
 from jinfer.models.loading import make_spec
-from tests.support.engines import greedy, run_one, small_engine
+from tests.support.engines import small_engine
 from tests.support.models import make_llama
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
@@ -111,7 +111,6 @@ def test_a_model_of_any_length_starts_on_a_cpu(tmp_path, monkeypatch, caplog):
     engine = small_engine(folder, max_model_len=None)
     assert engine.max_model_len < 3000
     assert f"max_model_len lowered from 2147483647 to {engine.max_model_len}" in caplog.text
-    assert len(run_one(engine, [1, 2, 3], greedy(4)).token_ids) == 4
 
 
 def test_free_memory_is_counted_for_one_set_of_devices():

@@ -63,8 +63,8 @@ def test_a_request_that_meets_them_ends_alone(engine, kind, bad, value):
         engine.add_request("bad", prompt, params)
         outputs = collect(engine.drain())
     assert outputs["good", 0].token_ids == quiet.token_ids
-    told, wanted = ([entry.logprob for entry in o.logprobs] for o in (outputs["good", 0], quiet))
-    assert told == pytest.approx(wanted, abs=1e-4)
+    given, wanted = ([entry.logprob for entry in o.logprobs] for o in (outputs["good", 0], quiet))
+    assert given == pytest.approx(wanted, abs=1e-4)
     failed = outputs["bad", 0]
     assert (failed.finish_reason, failed.token_ids) == ("error", [])
     assert "not finite" in (failed.deltas[-1].error or "")
@@ -152,7 +152,13 @@ def test_a_vector_of_the_server(tiny_llama):
 
 def test_experts_keep_it_to_its_tokens(tmp_path):
     folder = make_model(
-        "mixtral", tmp_path / "moe", seed=2, num_local_experts=4, num_experts_per_tok=2, head_dim=12
+        "mixtral",
+        tmp_path / "moe",
+        seed=2,
+        num_hidden_layers=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=12,
     )
     engine = LLM(str(folder), **SMALL).engine
     quiet = run_one(engine, GOOD, greedy(6)).token_ids

@@ -50,8 +50,8 @@ def test_what_is_computed_again_after_a_preemption_counts_once(tiny_llama):
     stats = tight.stats()
     assert stats.num_preemptions > 0
     assert stats.prompt_tokens == 120
-    told = [output.deltas[-1].num_preemptions for output in outputs.values()]
-    assert sum(told) == stats.num_preemptions
+    reported = [output.deltas[-1].num_preemptions for output in outputs.values()]
+    assert sum(reported) == stats.num_preemptions
 
 
 def test_steps_are_counted_by_their_tokens(engine):
