@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from jinfer import OutputDelta, SamplingParams
 
 LABEL = "model_name"
+OPENMETRICS = re.compile(r"1(\.\d{1,3}){0,2}")
 
 FIRST_TOKEN_BUCKETS = (
     0.001,
@@ -148,11 +151,21 @@ class Metrics:
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The page that Prometheus reads and its content type, as the Accept header asks."""
-        try:
-            encode, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # it asks for a version that is no number
-            encode, content_type = choose_encoder("")
-        return encode(self.registry), content_type
+        if _wants_openmetrics(accept):
+            # Under its other escapings prometheus_client turns the colon of a name, which is legal, into "_".
+            page = openmetrics.generate_latest(self.registry, escaping=openmetrics.ALLOWUTF8, version="1.0.0")
+            return page, openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+def _wants_openmetrics(accept: str) -> bool:
+    """True if an Accept header names OpenMetrics in a version that there is."""
+    for kind in accept.split(","):
+        name, *options = (part.strip() for part in kind.split(";"))
+        versions = [option.removeprefix("version=") for option in options if option.startswith("version=")]
+        if name == "application/openmetrics-text" and all(OPENMETRICS.fullmatch(each) for each in versions):
+            return True
+    return False
 
 
 class _EngineFigures:

@@ -1,6 +1,7 @@
 """GET /metrics: what vLLM's dashboards look for, under their names, and no label that a client can choose freely."""
 
 import pytest
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from jinfer import ConfigError, EngineDeadError, ServerConfig
@@ -182,3 +183,28 @@ def test_metrics_while_the_model_loads(client, engine):
 
     engine.stats = loading
     assert metric_values(client.get("/metrics").text)["jinfer:prompt_tokens_total", ()] == 0
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        # What versions 2 and 3 of Prometheus send.
+        "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+        "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+        "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+        "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+        "application/openmetrics-text;version=1.0.0;escaping=underscores",
+        "application/openmetrics-text",
+    ],
+)
+def test_names_are_the_same_in_openmetrics(make_client, accept):
+    client = make_client(metrics_prefix="vllm:")
+    client.chat("hi").raise_for_status()
+    response = client.get("/metrics", headers={"accept": accept})
+    assert response.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    families = list(openmetrics.text_string_to_metric_families(response.text))
+    names = {sample.name for family in families for sample in family.samples}
+    assert {family.type for family in families} == {"gauge", "counter", "histogram"}
+    plain = {name for name, _ in metric_values(client.get("/metrics").text)}
+    assert names == plain
