@@ -187,6 +187,10 @@ class ServerConfig:
         low=1.0,
         high=86400.0,
     )
+    enable_prompt_tokens_details: bool = option(
+        False,
+        "show cached prompt tokens in `usage` also to clients without an API key or cache_salt of their own",
+    )
     max_logprobs: int = option(20, "most alternatives per position a request may ask for", low=0, high=20)
     chat_template: str | None = option(None, "file with a chat template, if not the model's own")
     allow_special_tokens: bool = option(

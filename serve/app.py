@@ -20,6 +20,7 @@ from serve.body import prepare_body
 from serve.chat import plan_chat
 from serve.completions import is_quick_completion, plan_completion
 from serve.embeddings import plan_embeddings
+from serve.generation import owned
 from serve.middleware import Gate
 from serve.openapi import install_openapi
 from serve.protocol import APIError, install_handlers, unavailable
@@ -74,8 +75,10 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
         request: Request, prepare: Callable[[State, dict[str, Any]], Plan], **quick: Any
     ) -> Response:
         plan, deadline = await prepared(request, prepare, **quick)
+        key, shows_cached = request.scope.get("jinfer.key", b""), state.config.enable_prompt_tokens_details
+        job = owned(plan.job, key, shows_cached)
         kind = StreamedAnswer if plan.streams else WholeAnswer
-        return kind(state, plan.job, plan.form, deadline, logger_for(state, plan.job, plan.kind))
+        return kind(state, job, plan.form, deadline, logger_for(state, job, plan.kind))
 
     async def chat_completions(request: Request) -> Response:
         return await answer(request, plan_chat)

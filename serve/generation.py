@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import uuid
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Job:
     priority: int = 0
     cache_salt: str = ""
     pooling: PoolingParams | None = None  # embeddings are wanted, and no text
+    shows_cached: bool = False  # `usage` says how many prompt tokens were found in the prefix cache
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -39,6 +41,17 @@ class Job:
     def values_per_token(self) -> int:
         """What an output token costs to keep and to show, in log-probabilities."""
         return 1 if self.params.logprobs is None else 2 + self.params.logprobs
+
+
+def owned(job: Job, key: bytes, shows_cached: bool) -> Job:
+    """The job as one of the client with this API key, b"" without one.
+
+    Clients of different keys share no pages of the prefix cache, so neither the time of an answer nor `cached_tokens`
+    reveals to one what another has sent. What was cached is shown only to those who share with nobody, unless
+    `shows_cached` asks for it.
+    """
+    salt = f"{key.hex()}:{job.cache_salt}" if key else job.cache_salt
+    return dataclasses.replace(job, cache_salt=salt, shows_cached=shows_cached or bool(salt))
 
 
 class Generation:
@@ -188,6 +201,7 @@ class Choices:
     def __init__(self, job: Job) -> None:
         self._n = job.params.n
         self._prompt_tokens = job.num_prompt_tokens
+        self._shows_cached = job.shows_cached
         self._cached = [0] * len(job.prompts)
         self.generated = 0  # tokens, of all choices
         self.all = [Choice() for _ in range(len(job.prompts) * self._n)]
@@ -204,13 +218,16 @@ class Choices:
         self._cached[prompt] = max(self._cached[prompt], delta.num_cached_tokens)
 
     def usage(self, generated: int | None = None) -> dict[str, Any]:
-        """The `usage` object. Prompt tokens count once however many choices share them."""
+        """The `usage` object. Prompt tokens count once however many choices share them.
+
+        Cached tokens are shown only where nobody else's prompts can be among them, see `owned`.
+        """
         generated = self.generated if generated is None else generated
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self._prompt_tokens + generated,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached)},
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached)} if self._shows_cached else None,
         }
 
 

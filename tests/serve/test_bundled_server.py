@@ -90,7 +90,9 @@ def test_the_bundled_model_answers(jinfer_sdk):
         assert "".join(c.choices[0].delta.content or "" for c in stream) == text
     again = jinfer_sdk.chat.completions.create(**asked, n=2)
     assert [c.message.content for c in again.choices] == [text, text]
-    assert again.usage.prompt_tokens_details.cached_tokens >= 0
+    assert again.usage.prompt_tokens_details is None  # it would show what others have sent
+    own = jinfer_sdk.chat.completions.create(**asked, extra_body={"cache_salt": "own"})
+    assert own.usage.prompt_tokens_details.cached_tokens == 0
 
 
 def test_the_engine_scores_prompts(jinfer_sdk, jinfer_server):

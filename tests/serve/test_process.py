@@ -46,6 +46,22 @@ def test_openai_client(sdk, reply):
     assert text.choices[0].logprobs.text_offset == [0, 0, 1, 2, 3, 3]
 
 
+def test_openai_client_passes_over_comments(reply):
+    slow = ["--stream-keep-alive", "0.05", "--engine", "step_seconds=0.12"]
+    with serving([*FAKE, *slow]) as process:
+        with openai.OpenAI(base_url=process.url + "/v1", api_key="none", max_retries=0) as client:
+            with client.chat.completions.create(
+                model="fake", messages=TALK, max_completion_tokens=6, stream=True
+            ) as stream:
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        body = {"messages": TALK, "max_tokens": 6, "stream": True}
+        raw = httpx.post(process.url + "/v1/chat/completions", json=body).text
+        assert raw.count(": keep-alive\n\n") > 5
+        assert process.end() == 0
+    assert reply.startswith(text)
+    assert text
+
+
 def test_openai_client_streams(sdk, reply):
     options = {"include_usage": True}
     with sdk.chat.completions.create(

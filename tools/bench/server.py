@@ -35,6 +35,7 @@ def started_server(
     """
     port = _free_port()
     command = [sys.executable, "-m", "jinfer.serve", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enable-prompt-tokens-details"]
     command += ["--model", model] if model is not None else []
     command += ["--served-model-name", name] if name is not None else []
     command += ["--api-key", api_key] if api_key is not None else []
