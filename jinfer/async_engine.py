@@ -184,9 +184,13 @@ class AsyncEngine:
 
     def validate(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt_only: bool = False
-    ) -> None:
-        """Raises RequestError if a request with these could not run; `prompt_only`: an embedding is wanted."""
-        self.engine.validate(prompt_token_ids, params, prompt_only=prompt_only)
+    ) -> Sequence[int]:
+        """The prompt, which `generate` does not check again; `prompt_only`: an embedding is wanted. For any thread.
+
+        Raises:
+          RequestError: a request with these could not run.
+        """
+        return self.engine.validate(prompt_token_ids, params, prompt_only=prompt_only)
 
     async def generate(
         self,

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jinfer.admission import Admission, check_salt, choice_seed, read_priority
+from jinfer.admission import Admission, CheckedPrompt, check_salt, choice_seed, read_priority
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_end_ids
 from jinfer.errors import JinferError, RequestError, RequestFailedError, WeightsError
@@ -119,9 +119,13 @@ class Engine:
 
     def validate(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt_only: bool = False
-    ) -> None:
-        """Raises RequestError if a request with these could not run; `prompt_only`: see `add_request`."""
-        self.admission.check(prompt_token_ids, params, prompt_only=prompt_only)
+    ) -> CheckedPrompt:
+        """The prompt, whose ids `add_request` does not check again; `prompt_only`: see there. For any thread.
+
+        Raises:
+          RequestError: a request with these could not run.
+        """
+        return self.admission.check(prompt_token_ids, params, prompt_only=prompt_only)
 
     @uninterrupted
     def add_request(
@@ -156,10 +160,9 @@ class Engine:
                 "or serve a checkpoint of the model's causal language model"
             )
         prompt_only |= pooling is not None
-        self.validate(prompt_token_ids, params, prompt_only=prompt_only)
+        prompt = self.validate(prompt_token_ids, params, prompt_only=prompt_only)
         check_salt(cache_salt)
         priority = read_priority(priority)
-        prompt = tuple(prompt_token_ids)
         arrival = time.monotonic() if arrival_time is None else arrival_time
         ends = self.admission.end_tokens(params)
         seed = self.admission.seed(params)

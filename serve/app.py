@@ -75,8 +75,7 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
         request: Request, prepare: Callable[[State, dict[str, Any]], Plan], **quick: Any
     ) -> Response:
         plan, deadline = await prepared(request, prepare, **quick)
-        key, shows_cached = request.scope.get("jinfer.key", b""), state.config.enable_prompt_tokens_details
-        job = owned(plan.job, key, shows_cached)
+        job = owned(plan.job, _key_of(request, state.config), state.config.enable_prompt_tokens_details)
         kind = StreamedAnswer if plan.streams else WholeAnswer
         return kind(state, job, plan.form, deadline, logger_for(state, job, plan.kind))
 
@@ -103,6 +102,14 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
         ("/detokenize", detokenize_ids),
     ):
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+
+
+def _key_of(request: Request, config: ServerConfig) -> bytes:
+    """A digest of the API key that a request has brought, and that was checked; b"" on a server without keys."""
+    if not config.api_key:
+        return b""
+    token = request.headers.get("authorization", "").partition(" ")[2].strip()
+    return hashlib.sha256(token.encode("latin-1")).digest()
 
 
 def _add_model_routes(app: FastAPI, state: State) -> None:

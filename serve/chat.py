@@ -33,9 +33,9 @@ def plan_chat(state: State, fields: dict[str, Any]) -> Plan:
     tools = read_tools(body.tools, body.tool_choice)
     ids = prompt_ids(state, body, tools, bool(body.add_special_tokens))
     params = bounded_params(state, [ids], params, streams=bool(body.stream))
-    state.validate(ids, params, "messages")
+    prompt = state.validate(ids, params, "messages")
     job = Job(
-        answer_id("chatcmpl", body.request_id), [ids], params, body.priority or 0, body.cache_salt or ""
+        answer_id("chatcmpl", body.request_id), [prompt], params, body.priority or 0, body.cache_salt or ""
     )
     return Plan(job, ChatFormat(body, job, state.model_name, state.token_texts), "chat", bool(body.stream))
 

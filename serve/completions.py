@@ -42,9 +42,8 @@ def plan_completion(state: State, fields: dict[str, Any]) -> Plan:
     adds = body.add_special_tokens is not False
     ids = [prompt if isinstance(prompt, list) else state.encode(prompt, adds, "prompt") for prompt in prompts]
     params = bounded_params(state, ids, params, streams=bool(body.stream), echoes=bool(body.echo))
-    for each in ids:
-        state.validate(each, params, "prompt")
-    job = Job(answer_id("cmpl", body.request_id), ids, params, body.priority or 0, body.cache_salt or "")
+    checked = [state.validate(each, params, "prompt") for each in ids]
+    job = Job(answer_id("cmpl", body.request_id), checked, params, body.priority or 0, body.cache_salt or "")
     tokenizer = state.engine.tokenizer
     echoed = [_echo(prompt, tokenizer, params) for prompt in prompts] if body.echo else None
     form = CompletionFormat(body, job, echoed, state.model_name, tokenizer, state.token_texts)

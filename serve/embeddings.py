@@ -62,10 +62,14 @@ def _job(state: State, body: EmbeddingBody) -> Job:
     adds = body.add_special_tokens is not False
     # One by one: the first that is too long ends the work.
     ids = [each if isinstance(each, list) else state.encode(each, adds, "input") for each in inputs]
-    for each in ids:
-        state.validate(each, PARAMS, "input", prompt_only=True)
+    checked = [state.validate(each, PARAMS, "input", prompt_only=True) for each in ids]
     return Job(
-        answer_id("embd", body.request_id), ids, PARAMS, body.priority or 0, body.cache_salt or "", pooling
+        answer_id("embd", body.request_id),
+        checked,
+        PARAMS,
+        body.priority or 0,
+        body.cache_salt or "",
+        pooling,
     )
 
 

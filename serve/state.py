@@ -104,13 +104,13 @@ class State:
 
     def validate(
         self, ids: Sequence[int], params: SamplingParams, param: str, *, prompt_only: bool = False
-    ) -> None:
-        """Raises APIError (400) if the engine could not run a prompt with these parameters."""
+    ) -> Sequence[int]:
+        """The prompt as the engine takes it without another check. Raises APIError (400) if it could not run it."""
         if not ids:
             raise bad_request("the prompt has no tokens: give at least one", param)
         check_token_ids(ids, self.engine.vocab_size, param)
         try:
-            self.engine.validate(ids, params, prompt_only=prompt_only)
+            return self.engine.validate(ids, params, prompt_only=prompt_only)
         except RequestError as error:
             name = param if error.param == "prompt" else error.param
             if error.param == "prompt" and len(ids) >= self.engine.max_model_len:

@@ -1,6 +1,7 @@
 """Whatever passes the checks of a request can be packed for the device; what cannot is refused by name."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -163,3 +164,30 @@ def test_seed_minus_one_is_random(engine):
 
     assert len({tokens(-1) for _ in range(3)}) == 3
     assert len({tokens(-2) for _ in range(3)}) == 1
+
+
+def test_a_checked_prompt_is_not_looked_at_again(engine):
+    params = SamplingParams()
+    checked = engine.validate(PROMPT, params)
+    assert list(checked) == list(PROMPT)
+    assert engine.validate(checked, params) is checked
+    for wrong in ([1, VOCAB], [1, -1], [1, True], [1, 2.0], [1, np.int64(2)], [1, 10**5000]):
+        with pytest.raises(RequestError, match="prompt has token id"):
+            engine.validate(wrong, params)
+
+    class Id(int):
+        pass
+
+    assert engine.validate([Id(1), 2], params) == (1, 2)
+
+
+def test_a_long_prompt_is_checked_in_c(engine):
+    """Beside a loop over it in Python, in the same process."""
+    ids = [7, 300, 41] * 300_000
+    start = time.thread_time()
+    assert all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < VOCAB for i in ids)
+    loop = time.thread_time() - start
+    start = time.thread_time()
+    with pytest.raises(RequestError, match="max_model_len"):
+        engine.validate(ids, SamplingParams())
+    assert time.thread_time() - start < 0.8 * loop

@@ -87,7 +87,9 @@ class FakeAsyncEngine:
         while not self.is_ready:
             await asyncio.sleep(0.01)
 
-    def validate(self, ids: Sequence[int], params: SamplingParams, *, prompt_only: bool = False) -> None:
+    def validate(
+        self, ids: Sequence[int], params: SamplingParams, *, prompt_only: bool = False
+    ) -> Sequence[int]:
         if len(ids) >= self.max_model_len + prompt_only:
             raise RequestError(
                 f"prompt has {len(ids)} tokens, max_model_len is {self.max_model_len}: shorten it",
@@ -96,6 +98,7 @@ class FakeAsyncEngine:
         for token in (*(params.logit_bias or ()), *params.stop_token_ids):
             if token >= self.vocab_size:
                 raise RequestError(f"token id {token} is outside the vocabulary", param="logit_bias")
+        return ids
 
     async def generate(
         self,
