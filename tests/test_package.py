@@ -109,6 +109,9 @@ def test_serves_the_bundled_model_outside_the_checkout(installed, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [installed, "-m", "jinfer.serve", "--host", "127.0.0.1", "--port", str(port)]
+    # Few and simple programs: its cache is empty, and what is compiled is not what is tested here.
+    command += ["--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--max-model-len", "64"]
+    command += ["--optimization-level", "0"]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(
             command, cwd=tmp_path, env=environment(tmp_path), stdout=log, stderr=subprocess.STDOUT
