@@ -14,6 +14,7 @@ HEADERS and IDLE are where a connection costs nobody anything when it is closed:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import socket
 import sys
@@ -276,7 +277,8 @@ class ApiProtocol(H11Protocol):
             self.cycle.message_event.set()
         self._enter(Phase.CLOSING, LINGER_SECONDS)
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has reset the connection
+                self.transport.write_eof()
 
     def _unsupported_upgrade_warning(self) -> None:
         """Two lines of log for whoever sends the header Upgrade: not here. The header is ignored, as HTTP allows."""

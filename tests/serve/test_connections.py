@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import resource
@@ -344,6 +345,22 @@ def test_a_side_closed_in_the_middle_of_a_request_ends_it(sent):
             await server.until(lambda: server.state.active == 0)
 
     run(test())
+
+
+def test_an_error_for_a_connection_that_is_reset_meanwhile(monkeypatch, caplog):
+    def shut_down(self):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    async def test():
+        async with running() as server:
+            line = await server.connect()
+            monkeypatch.setattr(asyncio.selector_events._SelectorSocketTransport, "write_eof", shut_down)
+            line.send("GET /version HTTP/1.1\r\nHost: localhost\r\n\r\nnonsense\r\n\r\n")
+            assert b" 400 " in await line.rest()
+            monkeypatch.undo()
+
+    run(test())
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 # The engine's end is the process's
