@@ -1,8 +1,9 @@
 """Command-line flags and YAML files, both made from the fields of frozen dataclasses.
 
 A field `max_model_len: int | None` gives the flag `--max-model-len` and the YAML keys `max-model-len` and
-`max_model_len`; a boolean field gives `--name` and `--no-name`. A flag on the command line overrides the file named
-by `--config`. Whatever is wrong ends the process with status 2 and one line on stderr.
+`max_model_len`; a boolean field gives `--name` and `--no-name`; a field `names: tuple[str, ...]` gives a flag that may
+have several values and may be repeated, and a YAML list. Any other flag may be given once. A flag on the command line
+overrides the file named by `--config`. Whatever is wrong ends the process with status 2 and one line on stderr.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jinfer.config import LIST
 from jinfer.errors import ConfigError
 
 HELP_COLUMN = 30
@@ -26,6 +29,44 @@ MAX_YAML_BYTES = 1024 * 1024
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+class _Once(argparse.Action):
+    """Refuses a flag that is given twice: which of the two was meant is not for the program to say."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _refuse_repeated(parser, namespace, self.dest, option_string)
+        setattr(namespace, self.dest, values)
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _refuse_repeated(parser, namespace, self.dest, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _Several(argparse.Action):
+    """Gathers the values of a flag, from one use or from several; a JSON list counts as its entries."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        entries = [entry for value in values for entry in _entries(value)]
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *entries))
+
+
+def _refuse_repeated(parser: Any, namespace: Any, dest: str, flag: str | None) -> None:
+    if hasattr(namespace, dest):
+        parser.error(f"{flag} is given more than once: keep one")
+
+
+def _entries(text: str) -> list[str]:
+    if text.startswith("["):
+        try:
+            value = json.loads(text)
+        except ValueError:
+            return [text]
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            return value
+    return [text]
 
 
 class _Help(argparse.HelpFormatter):
@@ -134,6 +175,7 @@ def _make_parser(
         "--config",
         dest="config_file",
         metavar="FILE.yaml",
+        action=_Once,
         default=argparse.SUPPRESS,
         help="YAML file whose keys are the names below; flags override it",
     )
@@ -154,17 +196,23 @@ def _add_flag(group: Any, f: dataclasses.Field[Any]) -> None:
         "help": _help(f).replace("%", "%%"),
     }
     if kind == "bool":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        group.add_argument(flag, action=_Switch, **options)
+    elif kind == "list":
+        group.add_argument(flag, action=_Several, nargs="+", metavar="STR", **options)
     else:
-        group.add_argument(flag, type=_reader(kind), metavar=kind.upper(), **options)
+        group.add_argument(flag, action=_Once, type=_reader(kind), metavar=kind.upper(), **options)
 
 
 def _kind(f: dataclasses.Field[Any]) -> str:
-    """'int', 'float', 'bool' or 'str'."""
+    """'int', 'float', 'bool', 'str' or 'list' (of str)."""
     text = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
     kind = text.replace(" | None", "")
+    if kind == LIST:
+        return "list"
     if kind not in ("int", "float", "bool", "str"):
-        raise TypeError(f"field {f.name} has type {text}: flags are made for int, float, bool and str")
+        raise TypeError(
+            f"field {f.name} has type {text}: flags are made for int, float, bool, str and {LIST}"
+        )
     return kind
 
 
@@ -186,7 +234,7 @@ def _help(f: dataclasses.Field[Any]) -> str:
         notes.append("one of " + ", ".join(choices))
     if low is not None:
         notes.append(f"at least {low}" if high is None else f"{low} to {high}")
-    if f.default is not None and f.default is not dataclasses.MISSING:
+    if f.default not in (None, (), dataclasses.MISSING):
         shown = ("on" if f.default else "off") if isinstance(f.default, bool) else f.default
         notes.append(f"default: {shown}")
     return meta.get("help", "") + (f" [{'; '.join(notes)}]" if notes else "")

@@ -12,6 +12,7 @@ from jinfer.errors import ConfigError
 
 BUNDLED_MODEL = "tiny"
 METRICS_PREFIX = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]{0,63}")
+LIST = "tuple[str, ...]"  # the type of a field that takes several texts
 
 T = TypeVar("T")
 
@@ -38,6 +39,9 @@ def check_fields(config: Any) -> None:
                 raise ConfigError(f"{f.name} is None, expected {f.type}")
             continue
         kind = str(f.type).replace(" | None", "")
+        if kind == LIST:
+            _check_list(f.name, value)
+            continue
         wanted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind)
         is_wrong_bool = isinstance(value, bool) and kind != "bool"
         if wanted is not None and (not isinstance(value, wanted) or is_wrong_bool):
@@ -49,6 +53,24 @@ def check_fields(config: Any) -> None:
         choices = meta.get("choices")
         if choices and value not in choices:
             raise ConfigError(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def _check_list(name: str, values: Any) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} has {value!r} ({type(value).__name__}), expected text")
+        if not value.strip():
+            raise ConfigError(f"{name} is empty: give a value, or leave it out")
+
+
+def read_lists(config: Any) -> None:
+    """Makes tuples of the lists, and of the single texts, that were given for fields of type LIST."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.type == LIST and not isinstance(value, tuple):
+            if not isinstance(value, str | list):
+                raise ConfigError(f"{f.name} is {value!r} ({type(value).__name__}), expected a list of text")
+            object.__setattr__(config, f.name, (value,) if isinstance(value, str) else tuple(value))
 
 
 @dataclass(frozen=True)
@@ -153,8 +175,35 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0: any free one", low=0, high=65535)
-    served_model_name: str | None = option(None, "name in the API; default: the model's")
-    api_key: str | None = option(None, "if set, requests must carry it as a bearer token")
+    uds: str | None = option(None, "path of a Unix socket to listen on, in place of host and port")
+    ssl_certfile: str | None = option(
+        None, "file with a certificate (PEM, chain included) to serve HTTPS with"
+    )
+    ssl_keyfile: str | None = option(None, "file with its key, if not in the same file")
+    root_path: str | None = option(
+        None, "prefix of all paths, if a proxy in front serves this server under one"
+    )
+    served_model_name: tuple[str, ...] = option(
+        (), "names in the API, the first is the one in answers; default: the model's"
+    )
+    api_key: tuple[str, ...] = option(
+        (),
+        "keys, of which requests must carry one as a bearer token; the environment variable JINFER_API_KEY serves too, "
+        "and does not show in the list of processes",
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names that requests may have in the header Host, '*.example.org' and '*' included; default: on a loopback "
+        "address localhost and the address, else any",
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), "origins whose pages may use this server (CORS), or '*'; default: none but the server's own"
+    )
+    allowed_methods: tuple[str, ...] = option((), "methods that such pages may use; default: all")
+    allowed_headers: tuple[str, ...] = option((), "headers that such pages may send; default: all")
+    allow_credentials: bool = option(
+        False, "let such pages send cookies and other credentials of the browser"
+    )
     max_body_bytes: int = option(4 * 1024 * 1024, "largest request body", low=1024, high=2**31)
     request_timeout: float = option(600.0, "seconds after which a request is ended", low=0.1, high=86400.0)
     read_timeout: float = option(
@@ -205,14 +254,22 @@ class ServerConfig:
     metrics_prefix: str = option(
         "jinfer:", "beginning of the metrics' names; vllm: for dashboards made for vLLM"
     )
+    enable_force_include_usage: bool = option(
+        False, "end every stream with its usage, as if stream_options.include_usage were set"
+    )
 
     def __post_init__(self) -> None:
+        read_lists(self)
         check_fields(self)
         if not METRICS_PREFIX.fullmatch(self.metrics_prefix):
             raise ConfigError(
                 f"metrics_prefix is {self.metrics_prefix[:80]!r}, expected the beginning of a metric's name: 1 to 64 of "
                 "ASCII letters, digits, '_' and ':', the first no digit"
             )
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError(f"root_path is {self.root_path!r}, expected a form like '/prefix'")
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ConfigError("ssl_keyfile is set and ssl_certfile is not: a key needs its certificate")
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], source: str = "configuration") -> T:

@@ -15,8 +15,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
 
 import contextlib
+import dataclasses
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +25,13 @@ from typing import Any, NoReturn
 
 from jinfer import ConfigError, EngineConfig, ServerConfig, UserError, __version__
 from jinfer.cli import parse_args
+from serve import listen
 
 PROGRAM = "jinfer.serve"
-BACKLOG = 2048  # connections that wait to be accepted
 # How soon a thread that waits for Python's lock asks for it. The default, 5 ms, is three decode steps of a small model,
 # and the engine's thread would wait that long for each thread that parses or writes JSON.
 SWITCH_SECONDS = 0.001
+KEY_VARIABLE = "JINFER_API_KEY"
 MAX_TEMPLATE_BYTES = 1024 * 1024
 
 
@@ -50,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for chatty in ("jax", "absl", "orbax", "etils", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
+        config = _with_environment(config)
         make_template = _template_maker(config.chat_template)
-        sock = _bind(config.host, config.port)
+        tls = listen.tls_context(config)
+        sock = listen.bind(config)
     except ConfigError as error:
         _fail(error, 2)
 
@@ -78,13 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _in_background(state.prepare_chat_template)
         seconds = time.monotonic() - started
         print(
-            f"jinfer ready in {seconds:.1f} s: {_url(config.host, sock)} serves {state.model_name}",
+            f"jinfer ready in {seconds:.1f} s: {listen.url(config, sock)} serves {state.model_name}",
             flush=True,
         )
 
     try:
-        app, state = create_app(engine, config, make_template)
-        status = asyncio.run(run_server(app, state, sock, say_ready))
+        try:
+            app, state = create_app(engine, config, make_template)
+            status = asyncio.run(run_server(app, state, sock, say_ready, tls))
+        finally:
+            listen.unlink(config)
     except ConfigError as error:
         _leave(_say(error), 2)
     except UserError as error:
@@ -107,30 +113,15 @@ def _start_renderer() -> None:
         shared_pool().start()
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket: that a port is in use shows before a model is loaded for minutes.
-
-    It has to listen. Two sockets may be bound to one port as long as neither does.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another with --host or --port"
-        ) from error
-    sock.set_inheritable(True)
-    return sock
-
-
-def _url(host: str, sock: socket.socket) -> str:
-    name = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{name}:{sock.getsockname()[1]}"
+def _with_environment(config: ServerConfig) -> ServerConfig:
+    """Takes the keys from the environment where no flag and no file has any. Several are separated by spaces."""
+    given = os.environ.get(KEY_VARIABLE)
+    if given is None or config.api_key:
+        return config
+    if not given.split():
+        # A variable that was to be filled in, and was not: the server would be open by accident.
+        raise ConfigError(f"{KEY_VARIABLE} is set and empty: give it a key, or unset it to serve without one")
+    return dataclasses.replace(config, api_key=tuple(given.split()))
 
 
 def _template_maker(path: str | None) -> Callable[[Any], Any] | None:

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from jinfer import AsyncEngine, ConfigError, ServerConfig, __version__
+from jinfer import AsyncEngine, ServerConfig, __version__
 from serve.answer import JSONAnswer, Plan, StreamedAnswer, WholeAnswer
 from serve.body import prepare_body
 from serve.chat import plan_chat
 from serve.completions import is_quick_completion, plan_completion
 from serve.embeddings import plan_embeddings
 from serve.generation import owned
-from serve.middleware import Gate
+from serve.middleware import Access, Gate
 from serve.openapi import install_openapi
 from serve.protocol import APIError, install_handlers, unavailable
 from serve.requestlog import logger_for
@@ -41,12 +42,7 @@ def create_app(
     """The ASGI app of a started engine, and its state for whoever runs and drains it.
 
     make_chat_template: makes the chat template once the engine is ready, in place of the model's own.
-
-
-    Raises ConfigError for settings that would leave the server open by accident.
     """
-    if config.api_key is not None and not config.api_key.strip():
-        raise ConfigError("api_key is empty: give a key, or leave it out to serve without one")
     state = State(engine, config, make_chat_template)
     app = FastAPI(
         title="jinfer",
@@ -59,8 +55,21 @@ def create_app(
     _add_model_routes(app, state)
     _add_generation_routes(app, state)
     _add_operation_routes(app, state)
-    install_openapi(app, has_key=config.api_key is not None)
-    return Gate(app, state), state
+    install_openapi(app, has_key=bool(config.api_key))
+    return Gate(_with_cors(Access(app, state), config), state), state
+
+
+def _with_cors(app: ASGIApp, config: ServerConfig) -> ASGIApp:
+    if not config.allowed_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=config.allowed_origins,
+        allow_methods=config.allowed_methods or ("*",),
+        allow_headers=config.allowed_headers or ("*",),
+        allow_credentials=config.allow_credentials,
+        expose_headers=("x-request-id", "retry-after", "x-should-retry"),
+    )
 
 
 def _add_generation_routes(app: FastAPI, state: State) -> None:
@@ -75,7 +84,7 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
         request: Request, prepare: Callable[[State, dict[str, Any]], Plan], **quick: Any
     ) -> Response:
         plan, deadline = await prepared(request, prepare, **quick)
-        job = owned(plan.job, _key_of(request, state.config), state.config.enable_prompt_tokens_details)
+        job = owned(plan.job, request.scope["jinfer.key"], state.config.enable_prompt_tokens_details)
         kind = StreamedAnswer if plan.streams else WholeAnswer
         return kind(state, job, plan.form, deadline, logger_for(state, job, plan.kind))
 
@@ -104,32 +113,24 @@ def _add_generation_routes(app: FastAPI, state: State) -> None:
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
 
 
-def _key_of(request: Request, config: ServerConfig) -> bytes:
-    """A digest of the API key that a request has brought, and that was checked; b"" on a server without keys."""
-    if not config.api_key:
-        return b""
-    token = request.headers.get("authorization", "").partition(" ")[2].strip()
-    return hashlib.sha256(token.encode("latin-1")).digest()
-
-
 def _add_model_routes(app: FastAPI, state: State) -> None:
-    def card() -> dict[str, Any]:
+    def card(name: str) -> dict[str, Any]:
         return {
-            "id": state.model_name,
+            "id": name,
             "object": "model",
             "created": state.created,
             "owned_by": "jinfer",
-            "root": state.engine.config.model,
+            "root": state.model_root,
             "parent": None,
             "max_model_len": state.engine.max_model_len if state.engine.is_ready else None,
         }
 
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [card()]})
+        return JSONResponse({"object": "list", "data": [card(name) for name in state.model_names]})
 
     async def model(name: str) -> Response:
         state.check_model(name or "/")
-        return JSONResponse(card())
+        return JSONResponse(card(name or state.model_name))
 
     async def tokenizer() -> Response:
         """The tokenizer's settings: special tokens, added tokens, chat template."""
@@ -145,14 +146,14 @@ def _add_model_routes(app: FastAPI, state: State) -> None:
 def _add_operation_routes(app: FastAPI, state: State) -> None:
     page, policy = _load_page()
 
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         """200 while requests can be served or finished; 503 while the model loads, after the engine failed, and while it
         has work and no step ends."""
-        return _status(state, accepts_while_draining=True)
+        return _status(state, request, accepts_while_draining=True)
 
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
         """200 if a request sent now would be taken; 503 while loading, draining or failed."""
-        return _status(state, accepts_while_draining=False)
+        return _status(state, request, accepts_while_draining=False)
 
     async def metrics(request: Request) -> Response:
         body, content_type = state.metrics.exposition(request.headers.get("accept", ""))
@@ -171,12 +172,11 @@ def _add_operation_routes(app: FastAPI, state: State) -> None:
 
     for path, endpoint in (("/health", health), ("/ready", ready), ("/", web_page)):
         app.add_api_route(path, endpoint, response_model=None, include_in_schema=path != "/")
-        app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
     app.add_api_route("/version", version, methods=["GET"], response_model=None)
 
 
-def _status(state: State, accepts_while_draining: bool) -> Response:
+def _status(state: State, request: Request, accepts_while_draining: bool) -> Response:
     stalled = state.engine.stalled_seconds
     if stalled > state.config.health_timeout:
         return unavailable(
@@ -184,8 +184,9 @@ def _status(state: State, accepts_while_draining: bool) -> Response:
             "engine_stalled",
             30,
         ).response()
+    has_key = not state.config.api_key or bool(request.scope["jinfer.key"])
     try:
-        state.check_accepting()
+        state.check_accepting(shows_error=has_key)
     except APIError as error:
         if not (accepts_while_draining and error.code == "shutting_down"):
             return error.response()

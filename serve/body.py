@@ -68,7 +68,7 @@ def _check_type(request: Request) -> None:
             f"the Content-Type is {given}: send 'Content-Type: application/json'",
             code="unsupported_media_type",
         )
-    if request.headers.get("content-encoding", "identity") != "identity":
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise APIError(415, "the body is compressed: send it as it is", code="unsupported_media_type")
 
 

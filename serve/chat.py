@@ -13,7 +13,7 @@ from serve.generation import Choice, Choices, Job
 from serve.inputs import read_documents, read_messages, read_tools
 from serve.jsonpieces import Long
 from serve.logprobs import ChatLogprobs, TokenTexts, prompt_logprobs
-from serve.params import answer_id, chat_params
+from serve.params import answer_id, chat_params, force_usage
 from serve.protocol import bad_request
 from serve.schemas import ChatBody, TemplateBody
 from serve.state import State
@@ -29,6 +29,8 @@ def plan_chat(state: State, fields: dict[str, Any]) -> Plan:
     """
     body = ChatBody.read(fields)
     state.check_model(body.model)
+    if state.config.enable_force_include_usage:
+        force_usage(body)
     params = chat_params(body, state.engine.default_params, state.limits)
     tools = read_tools(body.tools, body.tool_choice)
     ids = prompt_ids(state, body, tools, bool(body.add_special_tokens))

@@ -13,7 +13,7 @@ from serve.generation import Choice, Choices, Job
 from serve.inputs import Prompt, read_prompts
 from serve.jsonpieces import Long
 from serve.logprobs import BLOCK_FIELDS, CompletionLogprobs, TokenTexts, prompt_logprobs
-from serve.params import answer_id, completion_params
+from serve.params import answer_id, completion_params, force_usage
 from serve.protocol import bad_request
 from serve.schemas import CompletionBody
 from serve.state import State
@@ -31,6 +31,8 @@ def plan_completion(state: State, fields: dict[str, Any]) -> Plan:
     """What a completion request asks for. Raises APIError or RequestError for a request at fault."""
     body = CompletionBody.read(fields)
     state.check_model(body.model)
+    if state.config.enable_force_include_usage:
+        force_usage(body)
     params = completion_params(body, state.engine.default_params, state.limits)
     prompts = read_prompts(body.prompt)
     most = state.engine.config.max_num_waiting

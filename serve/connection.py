@@ -297,9 +297,45 @@ class _Requests(h11.Connection):
         return len(self._receive_buffer) > 0
 
     def next_event(self) -> Any:
-        event = super().next_event()
+        if self.their_state is h11.IDLE:
+            self._skip_empty_lines()
+        event: Any = super().next_event()
+        if type(event) is h11.Request:
+            event = _normal(event)
         self._listener(event)
         return event
+
+    def _skip_empty_lines(self) -> None:
+        """RFC 9112, 2.2: a server should ignore an empty line before the request line. Some send one after a body."""
+        data = self._receive_buffer._data
+        if data[:1] in (b"\r", b"\n"):
+            self._receive_buffer.maybe_extract_at_most(len(data) - len(data.lstrip(b"\r\n")))
+
+
+def _normal(request: h11.Request) -> h11.Request:
+    """A request in the form that the app knows. Raises RemoteProtocolError for one whose end is ambiguous.
+
+    RFC 9112, 3.2.2: a server must take the absolute form of a target, `http://host/path`, and its host goes before
+    the one in the header. 6.1: Content-Length beside Transfer-Encoding, or Transfer-Encoding in HTTP/1.0, may be an
+    attempt to smuggle a request past a proxy.
+    """
+    names = {name for name, _ in request.headers}
+    if b"transfer-encoding" in names and (b"content-length" in names or request.http_version < b"1.1"):
+        beside = "with Content-Length" if b"content-length" in names else "in HTTP/1.0"
+        raise h11.RemoteProtocolError(f"Transfer-Encoding {beside}", error_status_hint=400)
+    scheme, separator, rest = request.target.partition(b"://")
+    if not separator or scheme.lower() not in (b"http", b"https"):
+        return request
+    path_at = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+    host, path = rest[:path_at], rest[path_at:]
+    if not host or b"@" in host:
+        raise h11.RemoteProtocolError("the target names no host", error_status_hint=400)
+    return h11.Request(
+        method=request.method,
+        target=path if path.startswith(b"/") else b"/" + path,
+        headers=[(b"host", host), *((name, value) for name, value in request.headers if name != b"host")],
+        http_version=request.http_version,
+    )
 
 
 def _too_slow(what: str) -> APIError:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ ENGINE_FAILED = 1  # exit status
 class Server(uvicorn.Server):
     """uvicorn, except that a signal first drains: open streams end properly while /ready says 503."""
 
-    def __init__(self, app: ASGIApp, state: State) -> None:
+    def __init__(self, app: ASGIApp, state: State, tls: ssl.SSLContext | None = None) -> None:
         config = state.config
         super().__init__(
             uvicorn.Config(
@@ -44,6 +45,7 @@ class Server(uvicorn.Server):
             )
         )
         self._state = state
+        self._tls = tls
         self._connections = Connections(connection_limit(config.max_connections))
         self._timeouts = Timeouts(config.read_timeout, config.keep_alive_timeout, config.request_timeout)
         self._drain: asyncio.Task[None] | None = None
@@ -63,7 +65,7 @@ class Server(uvicorn.Server):
             )
 
         acceptors: list[Any] = [
-            Acceptor(sock, self._connections, make_protocol, self.config.ssl, self._timeouts.read)
+            Acceptor(sock, self._connections, make_protocol, self._tls, self._timeouts.read)
             for sock in sockets or ()
         ]
         self.servers = acceptors
@@ -116,14 +118,22 @@ class Server(uvicorn.Server):
                     await asyncio.sleep(0.02)
 
 
-async def run_server(app: ASGIApp, state: State, sock: socket.socket, when_ready: Callable[[], None]) -> int:
+async def run_server(
+    app: ASGIApp,
+    state: State,
+    sock: socket.socket,
+    when_ready: Callable[[], None],
+    tls: ssl.SSLContext | None = None,
+) -> int:
     """Serves until a signal, a failed start or a dead engine; calls `when_ready` once the engine is.
 
-    sock: listens already. Returns the exit status: 0 after a drain, ENGINE_FAILED if the engine died, so that a
-    supervisor starts the process again. Raises what made the start fail, and ConfigError for more connections than
-    the process may open files.
+    sock: listens already. tls: what to serve HTTPS with.
+
+    Returns the exit status: 0 after a drain, ENGINE_FAILED if the engine died, so that a supervisor starts the
+    process again. Raises what made the start fail, and ConfigError for more connections than the process may open
+    files.
     """
-    server = Server(app, state)
+    server = Server(app, state, tls)
 
     async def watch_engine() -> None:
         try:

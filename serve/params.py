@@ -10,7 +10,7 @@ from typing import Any
 
 from jinfer import RequestError, SamplingParams
 from serve.protocol import APIError, bad_request
-from serve.schemas import ChatBody, CompletionBody, EmbeddingBody, SamplingBody
+from serve.schemas import ChatBody, CompletionBody, EmbeddingBody, SamplingBody, StreamOptions
 
 # Same name and meaning in the request and in SamplingParams.
 PLAIN = (
@@ -180,3 +180,10 @@ def _renamed(error: RequestError, body: SamplingBody) -> APIError:
     if param == "max_tokens" and isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         message, param = message.replace("max_tokens", "max_completion_tokens", 1), "max_completion_tokens"
     return bad_request(message, param)
+
+
+def force_usage(body: ChatBody | CompletionBody) -> None:
+    """Makes a stream end with its usage, whatever the client asked."""
+    if body.stream:
+        options = body.stream_options or StreamOptions()
+        body.stream_options = options.model_copy(update={"include_usage": True})

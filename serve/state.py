@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jinfer import AsyncEngine, EngineDeadError, RequestError, SamplingParams, ServerConfig
@@ -43,8 +45,18 @@ class State:
 
     @property
     def model_name(self) -> str:
-        """The name in the API."""
-        return self.config.served_model_name or self.engine.model_name
+        """The name in answers and metrics."""
+        return self.model_names[0]
+
+    @functools.cached_property
+    def model_root(self) -> str:
+        """The model without where it lies: a hub id, or the name of a folder."""
+        return _short_name(self.engine.model_name)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that requests may use."""
+        return self.config.served_model_name or (self.model_root,)
 
     @functools.cached_property
     def token_texts(self) -> TokenTexts:
@@ -67,11 +79,13 @@ class State:
         priority = self.engine.config.scheduling_policy == "priority"
         return Limits(max_logprobs=self.config.max_logprobs, uses_priority=priority)
 
-    def check_accepting(self) -> None:
-        """Raises APIError (503) if no request can be taken now."""
+    def check_accepting(self, shows_error: bool = True) -> None:
+        """Raises APIError (503) if no request can be taken now. shows_error: with the words of a failed engine, which
+        may quote paths and the like."""
         if not self.engine.is_healthy:
+            error = (shows_error and self.engine.error) or "see the log"
             raise unavailable(
-                f"the engine has failed ({self.engine.error or 'see the log'}): restart the server",
+                f"the engine has failed ({error}): restart the server",
                 "engine_dead",
                 retry_after=30,
             )
@@ -119,10 +133,11 @@ class State:
 
     def check_model(self, name: str | None) -> None:
         """Raises APIError (404) if a request names a model that is not served. None or '' names none."""
-        if name and name != self.model_name:
+        if name and name not in self.model_names:
             raise APIError(
                 404,
-                f"the model {name[:200]!r} does not exist here: this server has {self.model_name!r}",
+                f"the model {name[:200]!r} does not exist here: this server has "
+                f"{', '.join(map(repr, self.model_names))}",
                 param="model",
                 code="model_not_found",
             )
@@ -139,3 +154,13 @@ class State:
             return self.engine.stats()
         except EngineDeadError:  # still loading: there is nothing to count yet
             return None
+
+
+def _short_name(model: str) -> str:
+    if not os.path.isdir(model):
+        return model
+    folder = Path(os.path.abspath(model))
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        # A folder of the hub's cache is named as a commit.
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name or model

@@ -11,7 +11,7 @@ import pytest
 
 from jinfer import EngineConfig, ServerConfig
 from jinfer.cli import parse_args, read_yaml
-from jinfer.config import check_fields, option
+from jinfer.config import check_fields, option, read_lists
 from jinfer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +27,10 @@ class Plain:
     name: str | None = option(None, "what to call it")
     color: str = option("red", "its color", choices=("red", "blue"))
     fast_path: bool = option(True, "take the short way")
+    tags: tuple[str, ...] = option((), "what to stick on it")
 
     def __post_init__(self) -> None:
+        read_lists(self)
         check_fields(self)
 
 
@@ -60,11 +62,46 @@ def test_flags():
     assert parse("--fast-path", "--rate", "1e-3")["plain"] == Plain(rate=0.001)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--tags", "a", "b"],
+        ["--tags", "a", "--tags", "b"],
+        ["--tags=a", "--size", "3", "--tags=b"],
+        ["--tags", '["a", "b"]'],
+    ],
+)
+def test_a_flag_that_takes_several_values(argv):
+    assert parse(*argv)["plain"] == Plain(tags=("a", "b"))
+
+
+def test_several_values_in_a_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    for text, tags in (("[a, b]", ("a", "b")), ("a", ("a",)), ("[]", ())):
+        file.write_text(f"tags: {text}")
+        assert parse("--config", str(file))["plain"] == Plain(tags=tags)
+    assert parse("--config", str(file), "--tags", "c", "[x")["plain"] == Plain(tags=("c", "[x"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--size", "1", "--size", "2"],
+        ["--size=1", "--rate", "1", "--size=1"],
+        ["--fast-path", "--no-fast-path"],
+        ["--color", "red", "--color", "red"],
+        ["--config", "a.yaml", "--config", "b.yaml"],
+    ],
+)
+def test_a_flag_that_takes_one_value_is_given_once(capsys, argv):
+    assert "is given more than once: keep one" in refused(capsys, *argv)
+
+
 def test_every_field_of_the_server_has_a_flag():
     argv = ["--max-model-len", "64", "--served-model-name", "m", "--no-enable-prefix-caching", "--port", "0"]
     configs = parse(*argv, "--request-timeout", "5", classes=CLASSES)
     assert configs["engine"] == EngineConfig(max_model_len=64, enable_prefix_caching=False)
-    assert configs["server"] == ServerConfig(served_model_name="m", port=0, request_timeout=5.0)
+    assert configs["server"] == ServerConfig(served_model_name=("m",), port=0, request_timeout=5.0)
 
 
 def test_a_file(tmp_path):
@@ -114,7 +151,11 @@ def test_wrong_flags(capsys, argv, words):
         ("fast_path: 1", ["fast_path is 1 (int)"]),
         ("name: 5", ["name is 5 (int)"]),
         ("sizes: 5", ["unknown key 'sizes'", "did you mean size"]),
-        ("zzz: 5", ["unknown key 'zzz'", "color, fast_path, name, rate, size"]),
+        ("tags: 5", ["tags is 5 (int)", "list of text"]),
+        ("tags: [5]", ["tags has 5 (int)", "text"]),
+        ("tags: ['']", ["tags is empty"]),
+        ("tags: null", ["tags is None"]),
+        ("zzz: 5", ["unknown key 'zzz'", "color, fast_path, name, rate, size, tags"]),
         ("size: 1\nsize: 2", ["size", "more than once", "line 2"]),
         ("fast-path: true\nfast_path: true", ["fast_path", "more than once"]),
         ("- 1", ["a list", "key: value"]),
@@ -193,6 +234,7 @@ def test_presets(preset):
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["--api-key", ""], "api_key is empty"),
         (["--chat-template", "/nowhere.jinja"], "cannot read the chat template"),
+        (["--ssl-certfile", "/nowhere.pem"], "cannot serve HTTPS with /nowhere.pem"),
         (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
     ],
 )

@@ -23,7 +23,7 @@ class Client:
         self.config = ServerConfig(**settings)
         self.app, self.state = create_app(engine, self.config)  # type: ignore[arg-type]
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)  # type: ignore[arg-type]
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     def call(self, method: str, path: str, body: Any = None, **options: Any) -> httpx.Response:
         """One request, with `body` as JSON if given; checks that no request is left in the engine."""

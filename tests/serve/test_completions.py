@@ -222,3 +222,15 @@ def test_one_prompt_refused_refuses_all(client, engine):
     assert response.headers["retry-after"] == "7"
     error = client.fault(client.complete(["x"] * 600, n=2), 400)
     assert "split" in error["message"]
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}])
+def test_usage_at_the_end_of_every_stream(make_client, events, options):
+    """--enable-force-include-usage"""
+    client = make_client(enable_force_include_usage=True)
+    extra = {} if options is None else {"stream_options": options}
+    for response in (client.complete("a", stream=True, **extra), client.chat(stream=True, **extra)):
+        *chunks, last = events(response.content)
+        assert last["choices"] == []
+        assert last["usage"]["completion_tokens"] > 0
+        assert all(chunk["usage"] is None for chunk in chunks)

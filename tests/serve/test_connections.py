@@ -8,13 +8,16 @@ import json
 import logging
 import resource
 import socket
+import ssl
+import subprocess
 from typing import Any
 
 import pytest
 
 import serve.admission
 import serve.connection
-from jinfer import ConfigError
+from jinfer import ConfigError, ServerConfig
+from serve import listen
 from serve.admission import Acceptor, Connections, connection_limit
 from tests.support.inprocess_server import run, running
 
@@ -382,3 +385,203 @@ def test_a_dead_engine_ends_the_server(stream):
             assert await asyncio.wait_for(server.task, 20) == 1
 
     run(test())
+
+
+# Forms of requests
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://localhost/version", 200),
+        ("HTTP://localhost:8000/version?x=1", 200),
+        ("https://127.0.0.1/version", 200),
+        ("http://localhost", 200),
+        ("http://localhost?x", 200),
+        ("http://localhost/nothing", 404),
+        ("http://evil.example/version", 403),  # goes before the header Host
+        ("http:///version", 400),
+        ("http://me@localhost/version", 400),
+        ("ftp://localhost/version", 404),
+    ],
+)
+def test_the_absolute_form(target, status):
+    async def test():
+        async with running() as server:
+            assert (await server.get(target))[0] == status
+
+    run(test())
+
+
+def test_empty_lines_before_a_request():
+    async def test():
+        async with running() as server:
+            line = await server.connect()
+            whole = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            for data in (b"\r\n" + whole, b"\r\n\r\n\n" + whole, whole + b"\r\n" + whole):
+                line.send(data)
+                for _ in range(data.count(b"GET")):
+                    assert (await line.answer())[0] == 200
+            for piece in (b"\r", b"\n", whole[:10], whole[10:]):
+                line.send(piece)
+                await asyncio.sleep(0.01)
+            assert (await line.answer())[0] == 200
+
+    run(test())
+
+
+def test_empty_lines_are_no_life():
+    async def test():
+        async with running(**SHORT) as server:
+            line = await server.connect()
+            line.request("/version")
+            await line.answer()
+            task = asyncio.ensure_future(trickle(line, "\r\n"))
+            assert await line.closed_after() < 3
+            task.cancel()
+
+    run(test())
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("lengths", ["Content-Length: 5\r\n", ""])
+def test_a_body_whose_end_is_ambiguous(version, lengths):
+    async def test():
+        async with running(**SHORT) as server:
+            line = await server.connect()
+            head = HEAD.replace("1.1", version) + lengths + "Transfer-Encoding: chunked\r\n\r\n"
+            line.send(head + "2\r\n{}\r\n0\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            data = await line.rest()
+            if version == "1.1" and not lengths:
+                assert data.count(b"HTTP/1.1 ") == 2
+            else:
+                assert data.startswith(b"HTTP/1.1 400 ")
+                assert data.count(b"HTTP/1.1 ") == 1  # and nothing after it is taken for a request
+
+    run(test())
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("Identity", 200), ("IDENTITY ", 200), ("gzip", 415)])
+def test_content_encoding(encoding, status):
+    async def test():
+        async with running() as server:
+            line = await server.connect()
+            line.request("/tokenize", "POST", '{"prompt": "x"}', f"Content-Encoding: {encoding}\r\n")
+            assert (await line.answer())[0] == status
+
+    run(test())
+
+
+def test_errors_of_the_protocol_have_the_headers_of_the_rest():
+    async def test():
+        async with running() as server:
+            line = await server.connect()
+            line.send("nonsense\r\n\r\n")
+            _, headers, _ = await line.answer()
+            assert headers["x-content-type-options"] == "nosniff"
+            assert len(headers["x-request-id"]) == 32
+
+    run(test())
+
+
+# Unix sockets and TLS
+
+
+def test_a_unix_socket(tmp_path):
+    async def test():
+        path = str(tmp_path / "s")
+        for _ in range(2):  # the second finds what the first has left
+            async with running(uds=path, api_key="sesame") as server:
+                status, _, body = await server.get("/version")
+                assert (status, b"version" in body) == (200, True)
+                with pytest.raises(ConfigError, match="in use"):
+                    listen.bind(ServerConfig(uds=path))
+        (tmp_path / "file").write_text("precious")
+        with pytest.raises(ConfigError, match="cannot listen"):
+            listen.bind(ServerConfig(uds=str(tmp_path / "file")))
+        assert (tmp_path / "file").read_text() == "precious"
+        with pytest.raises(ConfigError, match="too long"):
+            listen.bind(ServerConfig(uds=str(tmp_path / ("x" * 200))))
+
+    run(test())
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for localhost and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    files = folder / "cert.pem", folder / "key.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    try:
+        subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    return tuple(map(str, files))
+
+
+def test_https(certificate, reply):
+    cert, key = certificate
+
+    async def test():
+        async with running(
+            ssl_certfile=cert, ssl_keyfile=key, read_timeout=0.3, keep_alive_timeout=0.3
+        ) as server:
+            trust = {"ssl": ssl.create_default_context(cafile=cert), "server_hostname": "localhost"}
+            line = await server.connect(**trust)
+            line.request(CHAT, "POST", chat())
+            status, _, body = await line.answer()
+            assert status == 200
+            assert json.loads(body)["choices"][0]["message"]["content"] == reply
+            assert await line.closed_after() < 3
+            # Who does not shake hands is closed too, and who speaks another language.
+            silent = await server.connect()
+            assert await silent.closed_after() < 3
+            plain = await server.connect()
+            plain.request("/version")
+            await plain.rest()
+            await server.until(lambda: server.num_open == 0)
+
+    run(test())
+
+
+def test_handshakes_make_room(certificate):
+    cert, key = certificate
+
+    async def test():
+        async with running(ssl_certfile=cert, ssl_keyfile=key, max_connections=8) as server:
+            for _ in range(20):
+                await server.connect()
+            line = await server.connect(
+                ssl=ssl.create_default_context(cafile=cert), server_hostname="localhost"
+            )
+            line.request("/version")
+            assert (await line.answer())[0] == 200
+            assert server.num_open <= 8
+
+    run(test())
+
+
+def test_wrong_certificates(certificate, tmp_path):
+    cert, key = certificate
+    with pytest.raises(ConfigError, match="cannot serve HTTPS"):
+        listen.tls_context(ServerConfig(ssl_certfile=key, ssl_keyfile=key))
+    with pytest.raises(ConfigError, match="ssl_certfile is not"):
+        ServerConfig(ssl_keyfile=key)
+    locked = str(tmp_path / "locked.pem")
+    subprocess.run(
+        ["openssl", "ec", "-in", key, "-aes128", "-passout", "pass:secret", "-out", locked],
+        check=True,
+        capture_output=True,
+    )
+    with pytest.raises(ConfigError, match="encrypted"):
+        listen.tls_context(ServerConfig(ssl_certfile=cert, ssl_keyfile=locked))

@@ -20,6 +20,39 @@ def test_models(client, make_client):
     named.fault(named.chat(model="fake"), 404)
 
 
+def test_several_names(make_client):
+    client = make_client(served_model_name=["first", "org/second"])
+    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["first", "org/second"]
+    for name in ("first", "org/second"):
+        assert client.chat(model=name).json()["model"] == "first"
+        assert client.get(f"/v1/models/{name}").json()["id"] == name
+    assert "'first', 'org/second'" in client.fault(client.chat(model="third"), 404)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("my-model", "my-model"), ("models--org--it/snapshots/0a1b2c", "org/it")]
+)
+def test_a_folder_gives_its_name_and_not_where_it_lies(make_client, make_engine, tmp_path, path, name):
+    folder = tmp_path / path
+    folder.mkdir(parents=True)
+    client = make_client(make_engine(model=f"{folder}/"))
+    (card,) = client.get("/v1/models").json()["data"]
+    assert (card["id"], card["root"]) == (name, name)
+    assert client.chat(model=name).json()["model"] == name
+    for path in ("/health", "/metrics", "/v1/models", "/openapi.json"):
+        assert str(tmp_path) not in client.get(path).text
+
+
+def test_head_on_what_can_be_read(client):
+    for path in ("/", "/health", "/ready", "/version", "/v1/models", "/v1/models/fake", "/openapi.json"):
+        whole, head = client.get(path), client.call("HEAD", path)
+        assert (head.status_code, head.content) == (200, b"")
+        for name in ("content-type", "content-length"):
+            assert head.headers[name] == whole.headers[name]
+    assert client.call("HEAD", "/nothing").status_code == 404
+    assert client.call("HEAD", "/v1/completions").status_code == 405
+
+
 def test_tokenize_a_prompt(client, engine):
     answer = client.post("/tokenize", {"prompt": "hé", "model": "fake"}).json()
     ids = engine.tokenizer.encode("hé")
@@ -101,6 +134,17 @@ def test_probes_when_no_step_ends(make_client, engine):
         error = client.fault(client.get(path), 503)
         assert error["code"] == "engine_stalled"
         assert "no step has ended for 95 s" in error["message"]
+
+
+def test_the_words_of_a_failed_engine_are_for_those_with_a_key(make_client):
+    client = make_client(api_key="sesame")
+    client.engine.error, client.engine.is_healthy, client.engine.is_ready = "boom in /home/me", False, False
+    for path in ("/health", "/ready"):
+        assert "boom" not in client.fault(client.get(path), 503)["message"]
+        wrong = client.get(path, headers={"authorization": "Bearer wrong"})
+        assert "boom" not in client.fault(wrong, 503)["message"]
+        right = client.get(path, headers={"authorization": "Bearer sesame"})
+        assert "boom" in client.fault(right, 503)["message"]
 
 
 def test_version_and_schema(client):

@@ -94,7 +94,7 @@ def test_a_planted_fault_is_found_and_made_short():
 def endpoints():
     app, state = create_app(FakeAsyncEngine(), ServerConfig())  # type: ignore[arg-type]
     state.close()
-    return read_endpoints(app._app.openapi())  # type: ignore[attr-defined]
+    return read_endpoints(app._app._app.openapi())  # type: ignore[attr-defined]
 
 
 def test_a_request_is_the_same_bytes_whenever_it_is_made(endpoints):

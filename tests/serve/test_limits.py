@@ -40,6 +40,14 @@ def test_the_right_key(make_client):
     client.fault(client.post(CHAT, BODY, headers=both), 401)
 
 
+def test_several_keys(make_client):
+    client = make_client(api_key=["old", "new"])
+    for key in ("old", "new"):
+        client.post(CHAT, BODY, headers={"authorization": f"Bearer {key}"}).raise_for_status()
+    for key in ("older", "old new", "oldnew", ""):
+        client.fault(client.post(CHAT, BODY, headers={"authorization": f"Bearer {key}"}), 401)
+
+
 def test_what_needs_no_key(make_client):
     client = make_client(api_key="sesame")
     for path in ("/health", "/ready", "/version", "/metrics", "/"):

@@ -141,9 +141,12 @@ def exchange(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
     [
         (b"nonsense\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),  # no Host
-        (b"GET / HTTP/1.1\r\nHost: x\r\nx: " + b"y" * 10_000_000, 431),
-        (b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", 400),
-        (b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 10_000_000, 431),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400),
+        (
+            b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+            400,
+        ),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),  # a TLS greeting
     ],
 )
@@ -159,10 +162,10 @@ def test_what_is_not_http(server, data, status):
 @pytest.mark.parametrize(
     ("data", "status"),
     [
-        (b"GET / HTTP/1.1\r\nHost: x\r\nx: " + b"y" * 30_000, 431),
-        (b"GET / HTTP/1.1\r\nHost: x" + b"\r\nx: y" * 500, 431),
-        (b"GET /" + b"y" * 30_000 + b" HTTP/1.1\r\nHost: x", 414),
-        (b"GET /?" + b"y" * 30_000 + b" HTTP/1.1\r\nHost: x", 414),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 30_000, 431),
+        (b"GET / HTTP/1.1\r\nHost: localhost" + b"\r\nx: y" * 500, 431),
+        (b"GET /" + b"y" * 30_000 + b" HTTP/1.1\r\nHost: localhost", 414),
+        (b"GET /?" + b"y" * 30_000 + b" HTTP/1.1\r\nHost: localhost", 414),
     ],
 )
 def test_long_headers(server, data, status):
@@ -180,7 +183,7 @@ def test_large_bodies_over_a_socket(server):
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "body_too_large"
     asking = (
-        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\nContent-Type: application/json\r\n"
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sesame\r\nContent-Type: application/json\r\n"
         b"Content-Length: 10000000\r\nExpect: 100-continue\r\n\r\n"
     )
     assert exchange(server.port, asking)[0] == 413
@@ -192,7 +195,7 @@ def test_large_bodies_over_a_socket(server):
 def test_a_closed_connection_ends_its_request(stream):
     with serving([*FAKE, "--engine", "hold_at=3"]) as process:
         body = json.dumps({"messages": TALK, "stream": stream}).encode()
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", process.port), timeout=20) as sock:
             sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             process.until_running(1)

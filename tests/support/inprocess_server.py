@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from jinfer import ServerConfig
-from serve import lifecycle
+from serve import lifecycle, listen
 from serve.app import create_app
 from tests.support.fake_engine import FakeAsyncEngine
 
@@ -126,8 +126,9 @@ async def running(
     send_buffer: bytes that the server's system takes of an answer that the client does not read.
     """
     engine = engine or FakeAsyncEngine()
+    settings.setdefault("port", 0)
     config = ServerConfig(**settings)
-    sock = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    sock = listen.bind(config)
     if send_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     app, state = create_app(engine, config)  # type: ignore[arg-type]
@@ -140,7 +141,9 @@ async def running(
 
     MakeServer = lifecycle.Server
     with mock.patch.object(lifecycle, "Server", make_server):
-        task = asyncio.ensure_future(lifecycle.run_server(app, state, sock, up.set))
+        task = asyncio.ensure_future(
+            lifecycle.run_server(app, state, sock, up.set, listen.tls_context(config))
+        )
         wait = asyncio.ensure_future(up.wait())
         await asyncio.wait({wait, task}, return_when=asyncio.FIRST_COMPLETED)
         wait.cancel()
