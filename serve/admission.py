@@ -22,7 +22,11 @@ MAX_OPEN_FILES = 2**20  # some systems allow a billion, and then some libraries 
 SPARE_FILES = 96  # what the engine, its caches and the log may open besides
 DEFAULT_CONNECTIONS = 16384
 MIN_CONNECTIONS = 8
-ACCEPT_BATCH = 32  # connections taken before others get their turn; fewer than the spare files
+ACCEPT_BATCH = (
+    512  # taken before others get their turn; what waits in the system's queue when it is full is delayed
+)
+# by seconds, for its peer repeats a packet that was dropped
+EVICT_BATCH = 32  # of these, those that take another's place: its file is free only when they have been taken
 PAUSE_SECONDS = 0.5  # without a file for the next connection and without one to close
 LOG_SECONDS = 10.0  # between two lines about refused connections
 _BUSY_BODY = (
@@ -56,6 +60,11 @@ class Connections:
         self.silent: dict[Evictable, None] = {}
         self._refused = 0
         self._next_line = 0.0
+
+    @property
+    def is_full(self) -> bool:
+        """At the limit, and all are at work."""
+        return self.open >= self.limit and not self.idle and not self.silent
 
     def forget(self, connection: Evictable) -> None:
         """Takes a connection out of those that may be closed."""
@@ -125,21 +134,24 @@ class Acceptor:
         self._loop.add_reader(self._sock, self._accept)
 
     def _accept(self) -> None:
+        connections = self._connections
+        most = connections.limit + EVICT_BATCH
         for _ in range(ACCEPT_BATCH):
+            if connections.open >= most or (connections.is_full and self._handshakes):
+                return  # in a moment those that have just been taken can make room for others
             try:
                 sock, _ = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                self._connections.note_refusal(f"cannot accept: {error.strerror or error}")
+                connections.note_refusal(f"cannot accept: {error.strerror or error}")
                 out_of_files = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-                if not (out_of_files and self._connections.make_room()):
+                if not (out_of_files and connections.make_room()):
                     # The socket stays readable: without a pause this would be called again at once.
                     self._loop.remove_reader(self._sock)
                     self._pause = self._loop.call_later(PAUSE_SECONDS, self._resume)
                 return
             sock.setblocking(False)
-            connections = self._connections
             if connections.open >= connections.limit and not connections.make_room():
                 connections.note_refusal(f"all {connections.limit} are at work, see --max-connections")
                 _turn_away(sock, is_plain=self._tls is None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import jinfer.serve
 from jinfer import EngineConfig, ServerConfig
 from jinfer.cli import parse_args, read_yaml
 from jinfer.config import check_fields, option, read_lists
@@ -244,6 +245,21 @@ def test_the_server_refuses_before_it_loads_anything(argv, words):
     assert run.returncode == 2
     assert words in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+def test_keys_from_the_environment(monkeypatch):
+    """They do not show in the list of processes. A flag goes before them."""
+    read = jinfer.serve._with_environment
+    monkeypatch.delenv("JINFER_API_KEY", raising=False)
+    assert read(ServerConfig()).api_key == ()
+    for text, keys in (("one", ("one",)), (" one two\n", ("one", "two"))):
+        monkeypatch.setenv("JINFER_API_KEY", text)
+        assert read(ServerConfig()).api_key == keys
+        assert read(ServerConfig(api_key=("flag",))).api_key == ("flag",)
+    for text in ("", " "):
+        monkeypatch.setenv("JINFER_API_KEY", text)
+        with pytest.raises(ConfigError, match="JINFER_API_KEY is set and empty"):
+            read(ServerConfig())
 
 
 def test_flags_cost_no_heavy_imports():

@@ -4,6 +4,8 @@
     stream    one request at a time: what a single user sees; --compare hf likewise
     serve     load over HTTP on jinfer.serve, started here, or on any OpenAI-compatible --url; --compare URL: and on
               another server
+    connections
+              what thousands of silent connections do to everybody else
     model     write a random-weight Llama folder of 9 or 100 million parameters
 
 Each command has --help. --config names a YAML preset (configs/bench/), flags override it. Exit status: 0; 1 if a goal
@@ -27,6 +29,7 @@ PARTS: dict[str, dict[str, type]] = {
     "offline": {"workload": s.Workload, "measurement": s.OfflineMeasurement, "engine": EngineConfig},
     "stream": {"workload": s.StreamWorkload, "measurement": s.EngineMeasurement, "engine": EngineConfig},
     "serve": {"workload": s.Workload, "load": s.Load, "measurement": s.Measurement},
+    "connections": {"crowd": s.Crowd},
     "model": {"model": s.ModelSettings},
 }
 
@@ -45,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = parse_args(PARTS[command], arguments, prog=f"{PROGRAM} {command}")
     _quiet()
     try:
+        if command == "connections":
+            from tools.bench.commands import say
+            from tools.bench.connections import run_connections
+
+            text, is_good = run_connections(parts["crowd"], say)
+            print(text)
+            return 0 if is_good else 1
         report = _run(command, parts)
         if report is None:
             return 0

@@ -177,6 +177,27 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Crowd:
+    """Connections that hold a place and ask for nothing."""
+
+    url: str | None = option(
+        None, "server to try, plain HTTP without a key; default: start jinfer.serve on a free port"
+    )
+    server_args: str = option("", "flags for the jinfer.serve that is started, as one string")
+    idle: int = option(2000, "connections that were answered and say no more", low=0, high=10**6)
+    half_open: int = option(10000, "connections that have sent a part of their headers", low=0, high=10**6)
+    probes: int = option(100, "requests that are measured before, beside and after them", low=1, high=10**5)
+    patience: float = option(
+        100.0, "seconds in which the server has to close them, and to answer a probe", low=1, high=86400
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.url is not None and not self.url.startswith("http://"):
+            raise ConfigError(f"url is {self.url!r}, expected the URL of a server, as http://localhost:8000")
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """A random-weight model as a folder, for this and for other systems."""
 
