@@ -6,8 +6,9 @@ is a word of ASCII letters and digits, so that no filter for case, JSON or space
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +48,9 @@ class _Marked:
         return f"{self.nonce}x{index}z"
 
     def missing(self, rendered: str) -> list[_Leaf]:
-        lowered = rendered.lower()
-        return [leaf for i, leaf in enumerate(self.leaves) if self._mark(i) not in lowered]
+        # One pass, however many marks there are.
+        found = {int(i) for i in re.findall(self.nonce + r"x(\d+)z", rendered.lower())}
+        return [leaf for i, leaf in enumerate(self.leaves) if i not in found]
 
     def message(self, message: dict[str, Any], index: int, needs: Needs) -> dict[str, Any]:
         where = f"messages[{index}]"
@@ -155,25 +157,42 @@ def check_shown(
         enough = _TELLING
     except Exception:
         missing, enough = marked.leaves, 1
+    if not missing:
+        return
+    # What is true of many messages is found out once.
+    answered = max(
+        (i for i, m in enumerate(messages) if m["role"] != "tool" and not m.get("tool_calls")), default=-1
+    )
+    names = set(_called(messages))
     for leaf in missing:
-        if len(leaf.text) >= enough and leaf.text in rendered:
+        if _is_habit(leaf, needs, answered, names, tools_are_optional):
             continue
-        if not _is_habit(leaf, messages, needs, tools_are_optional):
+        if len(leaf.text) < enough or leaf.text not in rendered:
             raise _refusal(leaf)
 
 
-def _is_habit(leaf: _Leaf, messages: list[dict[str, Any]], needs: Needs, tools_are_optional: bool) -> bool:
-    """Whether the template was made to leave this out, as its model was trained."""
+def _called(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """The names of the tools that were called."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            if isinstance(function, dict) and isinstance(name := function.get("name"), str):
+                yield name
+
+
+def _is_habit(leaf: _Leaf, needs: Needs, answered: int, names: set[str], tools_are_optional: bool) -> bool:
+    """Whether the template was made to leave this out, as its model was trained.
+
+    Args:
+      answered: the index of the last message that is neither a call nor a result.
+      names: the tools that were called.
+    """
     if leaf.kind == "reasoning":
         return needs.drops_reasoning
     if leaf.kind == "call content":
-        later = (m for m in messages[leaf.message + 1 :] if m["role"] != "tool")
-        return needs.drops_call_content and any(not m.get("tool_calls") for m in later)
+        return needs.drops_call_content and answered > leaf.message
     if leaf.kind == "result name":
-        # It says once more what the call said.
-        calls = (call for m in messages[: leaf.message] for call in m.get("tool_calls") or ())
-        names = (c["function"].get("name") for c in calls if isinstance(c.get("function"), dict))
-        return leaf.text in names
+        return leaf.text in names  # it says once more what the call said
     return leaf.kind == "tools" and tools_are_optional
 
 

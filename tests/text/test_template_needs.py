@@ -290,3 +290,12 @@ def test_tools_that_may_not_be_called_are_left_out_where_there_is_no_place():
 def test_deeply_nested_arguments_are_refused():
     error = refusal(NEEDS["text"], [user("a"), call("[" * 100_000), result("r")])
     assert "nested too deeply" in str(error)
+
+
+def test_many_messages_cost_one_pass():
+    template = ChatTemplate({"default": PLAIN})
+    pairs = [user("hi there"), {"role": "assistant", "content": "hello"}]
+    assert len(template.render(pairs * 10_000)) > 200_000  # within the template's two seconds
+    cuts = ChatTemplate({"default": LOOP % "{{ m.content.split('</think>')[-1] }}"})
+    thought = {"role": "assistant", "content": "hello", "reasoning_content": "a long thought about it"}
+    assert len(cuts.render([user("hi there"), thought] * 5_000)) == 65_000
