@@ -23,6 +23,7 @@ from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine
 from jinfer.errors import EngineDeadError, JinferError, RequestError, RequestFailedError
 from jinfer.models.decoder import Params
+from jinfer.platform import own_settings
 from jinfer.pooling import EMBED, OwnPooling, PoolingParams
 from jinfer.request import OutputDelta
 from jinfer.sampling.params import SamplingParams
@@ -332,6 +333,10 @@ class AsyncEngine:
     # The engine's thread
 
     def _run(self) -> None:
+        with own_settings():
+            self._serve()
+
+    def _serve(self) -> None:
         try:
             engine = Engine(self.config)
             self.default_params = generation_defaults(self.config.generation_config, engine.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ def check_fields(config: Any) -> None:
     """Raises ConfigError naming the first field whose value is out of its range, of the wrong type or no choice."""
     for f in dataclasses.fields(config):
         value, meta = getattr(config, f.name), f.metadata
+        if isinstance(value, os.PathLike) and "str" in str(f.type):
+            value = os.fspath(value)
+            object.__setattr__(config, f.name, value)  # the class is frozen
         optional = "None" in str(f.type)
         if value is None:
             if not optional:

@@ -25,7 +25,7 @@ from jinfer.kv_plan import plan_kv
 from jinfer.models.decoder import Params
 from jinfer.outputs import OutputStream
 from jinfer.packing import slot_fields
-from jinfer.platform import prepare_platform
+from jinfer.platform import prepare_platform, refuse_disabled_jit
 from jinfer.pooling import PoolingParams
 from jinfer.request import FinishReason, OutputDelta, Request, RequestFault
 from jinfer.runner import INCOMPLETE, Runner, StepHandle, token_logprobs
@@ -51,6 +51,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         prepare_platform(config)
+        refuse_disabled_jit()
         from jinfer.models.loading import load_model
         from jinfer.weights.hub import resolve_model
 
@@ -152,6 +153,7 @@ class Engine:
         """
         if not self.runner.has_weights:
             raise WeightsError(INCOMPLETE)
+        refuse_disabled_jit()
         if self.scheduler.has(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another, or wait for its end")
         if pooling is None and not self.model_config.has_head:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from jinfer.arguments import read_chats, read_params, read_priorities
 from jinfer.config import EngineConfig
 from jinfer.defaults import generation_defaults
 from jinfer.engine import Engine
 from jinfer.errors import RequestError, RequestFailedError
 from jinfer.interrupts import HeldSignals, held_signals
 from jinfer.models.decoder import Params
+from jinfer.platform import own_settings
 from jinfer.pooling import EMBED, OwnPooling, PoolingParams
 from jinfer.prompts import Prompt, read_prompts
 from jinfer.request import Completion, EmbeddingOutput, OutputDelta, RequestOutput, ScoreOutput
@@ -25,6 +27,8 @@ from jinfer.scoring import join_pair, score_of
 from jinfer.text.chat import OPTIONS
 
 Message = Mapping[str, Any]
+OneParams = SamplingParams | Mapping[str, Any]
+ParamsLike = OneParams | Iterable[OneParams] | None
 TEMPLATE_OPTIONS = (*OPTIONS, "chat_template_kwargs", "allow_special_tokens")
 PROGRESS_FROM = 8  # shorter batches show no bar
 SIGNAL_SECONDS = 0.1  # a call that waits for another thread's looks this often whether it was interrupted
@@ -47,7 +51,8 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         if model is not None:
             options["model"] = model
-        self.engine = Engine(EngineConfig(**options))
+        with own_settings():
+            self.engine = Engine(EngineConfig(**options))
         self._defaults = generation_defaults(self.engine.config.generation_config, self.engine.folder)
         self._own_pooling = OwnPooling(self.engine.folder)
         self._lock = threading.RLock()  # held by the call that uses the engine
@@ -71,16 +76,17 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: ParamsLike = None,
         *,
-        priority: Sequence[int] | None = None,
+        priority: Iterable[int] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes prompts; results come in the prompts' order.
 
         Args:
           prompts: one or a list: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
-          sampling_params: one for all, or one per prompt; default: `get_default_sampling_params()`.
+          sampling_params: one for all, or one per prompt, each `SamplingParams` or a mapping of its fields; default:
+            `get_default_sampling_params()`.
           priority: one per prompt; lower runs first under scheduling_policy="priority".
           use_tqdm: show a progress bar on batches of eight and more.
 
@@ -88,14 +94,14 @@ class LLM:
           RequestError: a prompt or parameter is refused; nothing of the batch has run then.
         """
         token_ids, texts = self._read(prompts)
-        params = self._per_prompt(sampling_params, len(token_ids))
+        params = read_params(sampling_params, len(token_ids), self.get_default_sampling_params)
         results = self._run(token_ids, texts, params, priority=priority, use_tqdm=use_tqdm)
         return [result.output() for result in results]
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: Iterable[Message] | Iterable[Iterable[Message]],
+        sampling_params: ParamsLike = None,
         *,
         use_tqdm: bool = True,
         **template_options: Any,
@@ -116,15 +122,10 @@ class LLM:
             raise RequestError(f"{self.engine.config.model} has no chat template: use generate()")
         for name in template_options.keys() - set(TEMPLATE_OPTIONS):
             raise RequestError(f"chat has no option {name!r}, expected one of {', '.join(TEMPLATE_OPTIONS)}")
-        if not _is_list(messages):
-            raise RequestError(
-                f"messages is a {type(messages).__name__}, expected a list of them", "messages"
-            )
-        several = bool(messages) and _is_list(messages[0])
-        chats: list[Any] = list(messages) if several else [messages]
+        chats = read_chats(messages)
         made = [template.tokens(self.tokenizer, chat, **template_options) for chat in chats]
         token_ids, texts = [ids for ids, _ in made], [text for _, text in made]
-        params = self._per_prompt(sampling_params, len(texts))
+        params = read_params(sampling_params, len(texts), self.get_default_sampling_params)
         results = self._run(token_ids, texts, params, use_tqdm=use_tqdm)
         return [result.output() for result in results]
 
@@ -198,7 +199,7 @@ class LLM:
 
     def update_weights(self, params: Params) -> None:
         """Swaps the weights in place, without recompiling; see `Engine.update_weights`."""
-        with held_signals() as signals, self._turn(signals):
+        with own_settings(), held_signals() as signals, self._turn(signals):
             self.engine.update_weights(params)
 
     def _read(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[list[int]], list[str | None]]:
@@ -213,17 +214,6 @@ class LLM:
         own = self._own_pooling.params() if pooling is None else PoolingParams(pooling)
         return own if normalize is None else PoolingParams(own.pooling, normalize)
 
-    def _per_prompt(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [params or self.get_default_sampling_params()] * count
-        if len(params) != count:
-            raise RequestError(
-                f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt"
-            )
-        return list(params)
-
     def _run(
         self,
         prompts: list[list[int]],
@@ -232,20 +222,21 @@ class LLM:
         *,
         pooling: PoolingParams | None = None,
         prompt_only: bool = False,
-        priority: Sequence[int] | None = None,
+        priority: Iterable[int] | None = None,
         use_tqdm: bool = True,
         unit: str = "request",
     ) -> list[_Result]:
         prompt_only |= pooling is not None
-        self._check(prompts, params, priority, prompt_only)
+        self._check(prompts, params, prompt_only)
+        priorities = read_priorities(priority, len(prompts))
         ids = [f"llm-{next(_numbers)}" for _ in prompts]
         results = {
             request_id: _Result(request_id, text, prompt, p.n)
             for request_id, text, prompt, p in zip(ids, texts, prompts, params, strict=True)
         }
-        waiting = list(zip(ids, prompts, params, priority or [0] * len(ids), strict=True))[::-1]
+        waiting = list(zip(ids, prompts, params, priorities, strict=True))[::-1]
         bar = tqdm(total=len(ids), unit=unit, disable=not use_tqdm or len(ids) < PROGRESS_FROM)
-        with held_signals() as signals, self._turn(signals):
+        with own_settings(), held_signals() as signals, self._turn(signals):
             self._abandon()
             self._left_over = ids
             try:
@@ -301,7 +292,6 @@ class LLM:
         self,
         prompts: list[list[int]],
         params: list[SamplingParams],
-        priority: Sequence[int] | None,
         prompt_only: bool,
     ) -> None:
         limit = self.engine.config.max_num_waiting
@@ -312,8 +302,6 @@ class LLM:
                     f"n is {p.n} and the queue holds max_num_waiting={limit}: lower n or raise that",
                     param="n",
                 )
-        if priority is not None and len(priority) != len(prompts):
-            raise RequestError(f"{len(priority)} priorities for {len(prompts)} prompts: give one per prompt")
 
     def _feed(
         self,
@@ -388,7 +376,3 @@ class _Result:
             self.num_cached,
             self.weights_version,
         )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

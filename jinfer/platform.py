@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 
 from jinfer import compile_cache
 from jinfer.config import EngineConfig
+from jinfer.errors import ConfigError
 from pallas_kernels import userfiles
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,22 @@ def _compile_cache_folder(given: str | None) -> str | None:
     except OSError as error:
         logger.warning("no compile cache, each start compiles anew: %s", error)
         return None
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """Within it the strict settings that a caller may have made for code of its own do not count: ranks are promoted
+    where numpy would, and arrays of the host go to the device as arguments."""
+    with jax.numpy_rank_promotion("allow"), jax.transfer_guard("allow"):
+        yield
+
+
+def refuse_disabled_jit() -> None:
+    """Raises ConfigError if jax is set not to compile."""
+    if _setting("jax_disable_jit"):
+        raise ConfigError(
+            "jax_disable_jit is set, and the engine runs compiled programs only: unset it, or leave its context"
+        )
 
 
 def _skip_absent_tpu() -> None:

@@ -36,9 +36,9 @@ def read_prompts(given: Prompt | Sequence[Prompt], name: str = "prompts") -> lis
     """
     if isinstance(given, str | Mapping):
         return [_read(given, name)]
-    many = _listed(given)
+    many = listed(given)
     if many is None:
-        raise RequestError(f"{name} is {_shown(given)}, expected {FORMS}, or a list of such prompts")
+        raise RequestError(f"{name} is {shown(given)}, expected {FORMS}, or a list of such prompts")
     if many and isinstance(many[0], Integral):
         return [_plain_ids(many)]
     return [_read(prompt, f"{name}[{i}]") for i, prompt in enumerate(many)]
@@ -49,9 +49,9 @@ def _read(prompt: Any, name: str) -> str | list[int]:
         return _read_object(prompt, name)
     if isinstance(prompt, str):
         return prompt
-    ids = _listed(prompt)
+    ids = listed(prompt)
     if ids is None:
-        raise RequestError(f"{name} is {_shown(prompt)}, expected {FORMS}")
+        raise RequestError(f"{name} is {shown(prompt)}, expected {FORMS}")
     return _plain_ids(ids)
 
 
@@ -63,11 +63,11 @@ def _read_object(prompt: Mapping[str, Any], name: str) -> str | list[int]:
     (key,), (value,) = keys, prompt.values()
     if key == "prompt":
         if not isinstance(value, str):
-            raise RequestError(f"{name}['prompt'] is {_shown(value)}, expected text")
+            raise RequestError(f"{name}['prompt'] is {shown(value)}, expected text")
         return value
-    ids = None if isinstance(value, str) else _listed(value)
+    ids = None if isinstance(value, str) else listed(value)
     if ids is None:
-        raise RequestError(f"{name}['prompt_token_ids'] is {_shown(value)}, expected a list of token ids")
+        raise RequestError(f"{name}['prompt_token_ids'] is {shown(value)}, expected a list of token ids")
     return _plain_ids(ids)
 
 
@@ -76,7 +76,7 @@ def _plain_ids(ids: list[Any]) -> list[int]:
     return [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in ids]
 
 
-def _listed(values: Any) -> list[Any] | None:
+def listed(values: Any) -> list[Any] | None:
     """A sequence or array as a list, None for anything else."""
     if hasattr(values, "tolist"):
         values = values.tolist()
@@ -86,5 +86,5 @@ def _listed(values: Any) -> list[Any] | None:
     return list(values)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"

@@ -28,7 +28,7 @@ FLOORS = [
     {"programs", "weight_update"},
     {"runner"},
     {"engine", "async_engine"},
-    {"llm", "scoring", "prompts"},
+    {"llm", "scoring", "prompts", "arguments"},
     {"serve", "__init__"},
 ]
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}

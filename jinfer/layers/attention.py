@@ -186,5 +186,5 @@ def causal_attention(
         column = sinks.astype(jnp.float32).reshape(1, *groups.shape[2:4], 1, 1)
         column = jnp.broadcast_to(column, (*logits.shape[:-1], 1))
         logits = jnp.concatenate([logits, column], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1)[..., :s].astype(v.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(b, s, h, d)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :s]
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights, v.astype(jnp.float32)).astype(v.dtype).reshape(b, s, h, d)

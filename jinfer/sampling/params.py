@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
+
+import numpy as np
 
 from jinfer.errors import RequestError, shown
 
@@ -37,6 +39,24 @@ def _is_number(value: object) -> TypeGuard[float]:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond the range of floats
         return False
+
+
+PLAIN = frozenset({int, float, bool, type(None)})
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers and truth values as Python's; anything else as it is."""
+    return value.item() if type(value) not in PLAIN and isinstance(value, np.generic) else value
+
+
+def _as_tuple(values: Any) -> Any:
+    """None as (), an iterable or array as a tuple; what is no list of anything stays, to be refused."""
+    if values is None:
+        return ()
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    is_list = isinstance(values, Iterable) and not isinstance(values, str | bytes | bytearray | Mapping)
+    return tuple(values) if is_list else values
 
 
 @dataclass(frozen=True)
@@ -78,16 +98,17 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        if self.stop is None:
-            object.__setattr__(self, "stop", ())
-        elif isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
-        if self.stop_token_ids is None:
-            object.__setattr__(self, "stop_token_ids", ())
-        elif isinstance(self.stop_token_ids, list):
-            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if type(value) not in PLAIN:
+                object.__setattr__(self, name, _plain(value))
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        ids = _as_tuple(self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", tuple(map(_plain, ids)) if isinstance(ids, tuple) else ids)
+        if isinstance(self.logit_bias, Mapping):
+            bias = {_plain(token): _plain(value) for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias)
         self._check_numbers()
         self._check_lists()
 
@@ -165,3 +186,8 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """True if the sampler must know which tokens the prompt and the output have had."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+NUMBERS = tuple(
+    f.name for f in fields(SamplingParams) if f.name not in ("logit_bias", "stop", "stop_token_ids")
+)
