@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+ADAPTER_FILE = "adapter_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -145,6 +146,7 @@ def read_config(
     from jinfer.models.family import MODEL_TYPES, WRAPPERS, family_of
     from jinfer.models.unknown import what_is_missing
 
+    _refuse_adapter(folder)
     fields = Fields(read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     whole = fields.string("model_type")
     is_part = families is None and whole in WRAPPERS
@@ -178,13 +180,40 @@ def read_config(
     return dataclasses.replace(config, eos_token_ids=eos)
 
 
-def _check_quantization(fields: Fields, readable: tuple[str, ...]) -> None:
-    section = fields.section("quantization_config")
-    if section is not None and section.string("quant_method", default="") not in readable:
+def _refuse_adapter(folder: Path) -> None:
+    """Adapters are not applied, and a model without its own is another one."""
+    if not (folder / ADAPTER_FILE).is_file():
+        return
+    base = read_json_object(folder / ADAPTER_FILE).get("base_model_name_or_path")
+    found = f"{folder} has {ADAPTER_FILE}: an adapter of {str(base)[:200]!r}"
+    merge = "merge it into the model (peft's merge_and_unload, then save_pretrained) and give that folder"
+    if (folder / CONFIG_FILE).is_file():
         raise ModelError(
-            f"{fields.where} has a quantization_config: quantized checkpoints are not supported, "
-            "use the unquantized one"
+            f"{found} beside a model, which jinfer does not apply: {merge}, or take the file away"
         )
+    raise ModelError(f"{found}, expected a whole model: {merge}")
+
+
+def _check_quantization(fields: Fields, readable: tuple[str, ...]) -> None:
+    for key in ("quantization_config", "quantization"):
+        section = fields.section(key)
+        if (
+            section is None
+            or _is_switched_off(section)
+            or section.string("quant_method", default="") in readable
+        ):
+            continue
+        raise ModelError(
+            f"{fields.where} has a {key}: quantized checkpoints are not supported, use the unquantized one"
+        )
+
+
+def _is_switched_off(section: Fields) -> bool:
+    """True for the settings of a quantization at load that was not done, as bitsandbytes leaves them behind."""
+    if section.string("quant_method", default="bitsandbytes") != "bitsandbytes":
+        return False
+    switches = [value for key, value in section.values.items() if key.lstrip("_").startswith("load_in_")]
+    return bool(switches) and not any(switches)
 
 
 def common_config(

@@ -20,6 +20,7 @@ from jinfer.models.decoder import ModelSpec, Params, skeleton
 from jinfer.models.family import family_of
 from jinfer.models.hf_config import ModelConfig, read_config
 from jinfer.models.refit import refit_kv_heads
+from jinfer.models.size import refuse_oversized
 from jinfer.weights.hub import resolve_model
 from jinfer.weights.load import load_leaves
 from jinfer.weights.safetensors_source import open_safetensors
@@ -43,7 +44,13 @@ class LoadedModel:
 
 
 def compute_dtype(asked: str, stored: str | None, platform: str) -> Any:
-    """The dtype of weights and activations: as asked; else float32 on CPU and the checkpoint's own elsewhere."""
+    """The dtype of weights and activations: as asked; else float32 on CPU and the checkpoint's own elsewhere.
+
+    Raises:
+      ConfigError: the platform does not compute it.
+    """
+    if asked == "float16" and platform == "tpu":
+        raise ConfigError("dtype is float16, which TPUs do not compute: use bfloat16, or leave it to auto")
     if asked != "auto":
         return jnp.dtype(asked)
     if platform == "cpu":
@@ -113,6 +120,7 @@ def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:
     mesh = make_mesh(engine.tensor_parallel_size, expert=engine.expert_parallel_size)
     platform = mesh.devices.flat[0].platform
     spec = make_spec(config, engine, "gpu" if platform in ("cuda", "rocm") else platform)
+    refuse_oversized(config)
     if _is_orbax(folder, engine.load_format):
         from jinfer.weights.orbax_store import read_meta, restore_orbax
 
@@ -123,6 +131,7 @@ def load_model(engine: EngineConfig, *, progress: bool = False) -> LoadedModel:
         source = open_safetensors(folder)
         try:
             naming = family.naming(source.names())
+            refuse_oversized(config, source, naming)
             config = with_head_of(config, naming, source)
             spec = replace(spec, config=config)
             arrays = load_leaves(

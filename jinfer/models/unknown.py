@@ -16,7 +16,7 @@ from jinfer.models.family import WRAPPERS
 from jinfer.models.fields import Fields
 from jinfer.models.hf_config import ModelConfig, common_config
 from jinfer.models.text_part import SECTION
-from jinfer.models.weight_map import WeightMap
+from jinfer.models.weight_map import WeightMap, is_buffer
 from jinfer.weights.safetensors_source import open_safetensors
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -122,9 +122,9 @@ def _tensor_patterns(folder: Path) -> set[str]:
     except ModelError:  # no weights beside the config: what it needs of tensors cannot be told
         return set()
     try:
-        names, ignored = source.names(), WeightMap().ignored_suffixes
+        names = source.names()
         naming = naming_of(names)
-        return {_pattern(naming.usual(name)) for name in names if not name.endswith(ignored)}
+        return {_pattern(naming.usual(name)) for name in names if not is_buffer(name)}
     finally:
         source.close()
 

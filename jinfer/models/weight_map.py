@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,8 +16,17 @@ from jinfer.models.decoder import ModelSpec, skeleton
 from jinfer.models.hf_config import ModelConfig
 from jinfer.weights.load import Leaf
 
+# What modules computed once and older checkpoints kept: rotary frequencies and angles, masks, positions.
+BUFFER = re.compile(
+    r"(?:.*\.)?(?:\w*inv_freq|_?(?:cos|sin)_cached?|masked_bias|(?:self_attn|attn|attention)\.bias|position_ids)"
+)
 Sources = tuple[tuple[str, tuple[int, ...]], ...]
 Shape = tuple[int, ...]
+
+
+def is_buffer(name: str) -> bool:
+    """True for a tensor that holds no parameter of any model, but what its code computed from config.json."""
+    return BUFFER.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -168,14 +178,12 @@ class WeightMap:
     """A family's names. `top` by parameter path; `layer` by path inside a layer, under `layer_prefix`.
 
     Both are given as what differs from `TOP` and `LAYER`. Entries for parameters that a model lacks are not used.
-    ignored_suffixes: of tensors that checkpoints carry and no model reads; older ones have the rotary frequencies.
     ignores_more_layers: checkpoints may have layers beyond the model's last, which predict several tokens ahead.
     """
 
     top: Mapping[str, Recipe] = field(default_factory=dict)
     layer_prefix: str = "model.layers.{}."
     layer: Mapping[str, Recipe] = field(default_factory=dict)
-    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     ignores_more_layers: bool = False
 
     def leaves(self, spec: ModelSpec, mesh: Mesh, names: Collection[str] | None = None) -> list[Leaf]:
@@ -247,7 +255,7 @@ class WeightMap:
         layer = usual.removeprefix(before).partition(after)[0]
         is_beyond = usual.startswith(before) and layer.isdigit() and int(layer) >= config.num_hidden_layers
         return (
-            usual.endswith(self.ignored_suffixes)
+            is_buffer(usual)
             or (config.tie_word_embeddings and usual == HEAD)
             or (self.ignores_more_layers and is_beyond)
             or (config.is_part and TEXT not in name and not name.startswith(naming.head))

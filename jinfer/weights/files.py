@@ -54,7 +54,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def some(names: Iterable[str], limit: int = 6) -> str:
-    """The first names of a list that may be long: `a, b, c and 40 more`."""
+    """The first names of a list that may be long, of names that may be long: `a, b, c and 40 more`."""
     listed = list(names)
-    shown = ", ".join(listed[:limit])
+    shown = ", ".join(name[:300] for name in listed[:limit])
     return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from jinfer.config import BUNDLED_MODEL
 from jinfer.errors import ModelError
+from jinfer.weights.files import read_json_object, some
+from jinfer.weights.safetensors_source import INDEX_FILE
 
 BUNDLED = (BUNDLED_MODEL, f"{BUNDLED_MODEL}-draft")
 
@@ -49,16 +51,38 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
             f"or one of the bundled models: {', '.join(BUNDLED)}"
         )
     folder = _download(model, revision, SMALL_FILES + (WEIGHT_FILES if weights else []))
-    if weights and not (folder / "config.json").is_file():
+    if weights:
+        _check_complete(model, folder)
+    return folder
+
+
+def _check_complete(model: str, folder: Path) -> None:
+    """Raises ModelError where a file of the model is missing from what was downloaded, or from the hub's copy."""
+    from huggingface_hub import constants
+
+    config, index = folder / "config.json", folder / INDEX_FILE
+    lacking = [] if config.is_file() or (folder / "adapter_config.json").is_file() else [config.name]
+    if index.is_file():
+        listed = read_json_object(index).get("weight_map")
+        names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
+        lacking += [name for name in names if not (folder / name).is_file()]
+    elif not any(path.is_file() for path in folder.glob("*.safetensors")):
+        lacking.append("the safetensors files")
+    if not lacking:
+        return
+    if constants.HF_HUB_OFFLINE or (index.is_file() and config.is_file()):
+        raise ModelError(
+            f"the download of the hub model {model!r} in the local cache ({folder}) is not complete, it lacks "
+            f"{some(lacking)}: download the rest without HF_HUB_OFFLINE and with a network, or give a local folder"
+        )
+    if lacking[0] == config.name:
         raise ModelError(
             f"the hub model {model!r} has no config.json: expected a model in transformers' layout"
         )
-    if weights and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"the hub model {model!r} has no safetensors, and jinfer never unpickles a file: "
-            "choose a revision or a copy that has them"
-        )
-    return folder
+    raise ModelError(
+        f"the hub model {model!r} has no safetensors, and jinfer never unpickles a file: choose a revision or a copy "
+        f"that has them (where the hub could not be reached, the copy in {folder} is not complete)"
+    )
 
 
 def _bundled(name: str) -> Path:

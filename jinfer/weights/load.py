@@ -29,6 +29,9 @@ IN_FLIGHT_BYTES = 512 * 1024 * 1024
 # XLA's CPU backend takes a host buffer as it is, without a copy, if it is aligned so.
 ALIGNMENT = 64
 
+# Among so many names of at most this length the closest to a missing one is looked for.
+HINT_NAMES, HINT_LENGTH = 500, 200
+
 Index = tuple[tuple[int, int], ...]
 
 
@@ -102,10 +105,8 @@ def check_leaves(
     unused = sorted(name for name in present - wanted.keys() if not ignored(name))
     missing = [name for name in wanted if name not in present]
     if missing:
-        close = difflib.get_close_matches(missing[0], unused, n=1, cutoff=0.6)
-        hint = f"; the checkpoint has {close[0]}" if close else ""
         raise ModelError(
-            f"the checkpoint lacks {len(missing)} tensor(s): {some(missing)}{hint}: "
+            f"the checkpoint lacks {len(missing)} tensor(s): {some(missing)}{_hint(missing[0], unused)}: "
             "config.json asks for them, check that it belongs to these weights"
         )
     wrong = [
@@ -123,6 +124,16 @@ def check_leaves(
             f"the checkpoint has {len(unused)} tensor(s) that this model does not use: {some(unused)}: "
             "config.json describes a smaller or a different model"
         )
+
+
+def _hint(missing: str, unused: Sequence[str]) -> str:
+    """The unused name that is closest to a missing one; comparing takes the square of a name's length, so among few."""
+    short = [name for name in unused if len(name) <= HINT_LENGTH]
+    if len(short) > HINT_NAMES:
+        last = missing.rpartition(".")[2]
+        short = [name for name in short if name.endswith(last)][:HINT_NAMES]
+    close = difflib.get_close_matches(missing[:HINT_LENGTH], short, n=1, cutoff=0.6)
+    return f"; the checkpoint has {close[0]}" if close else ""
 
 
 def _load(leaf: Leaf, source: TensorSource) -> jax.Array:

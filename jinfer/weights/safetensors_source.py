@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +71,19 @@ class SafetensorsFile:
                 size = os.fstat(file.fileno()).st_size
                 self.entries = _read_header(file, size, path)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._fd = os.dup(file.fileno())
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+        self._close = weakref.finalize(self, os.close, self._fd)
 
     def read(self, name: str) -> np.ndarray:
         entry = self.entries[name]
+        size = os.fstat(self._fd).st_size
+        if size < entry.stop:  # touching what is no longer there would end the process
+            raise ModelError(
+                f"{self.path} ends at byte {size}, and tensor {name[:200]!r} at byte {entry.stop}: the file was cut short "
+                "while it was open, copy or download it again"
+            )
         flat = np.frombuffer(self._map, np.uint8, entry.stop - entry.start, entry.start)
         if entry.start % entry.dtype.alignment:  # the format allows it, some writers do it
             flat = flat.copy()
@@ -88,6 +97,7 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
 
     def close(self) -> None:
+        self._close()
         try:
             self._map.close()
         except BufferError:  # an array from `read` is still alive; the map goes when the array does

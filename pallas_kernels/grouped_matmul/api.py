@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import AUTO, Registry
 from pallas_kernels.grouped_matmul import loop, reference, tpu, xla
 
-FLOATS = ("float32", "bfloat16")
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def grouped_matmul(
     Group g owns the rows [sum(group_sizes[:g]), sum(group_sizes[:g + 1])). Empty groups cost nothing.
 
     Args:
-      x: [M, K], float32 or bfloat16.
+      x: [M, K], float32, bfloat16 or float16.
       w: [G, N, K], in x's dtype.
       group_sizes: int32[G], none negative, with a sum of at most M.
       layer: if given, w is [L, G, N, K], the weights of a stack of layers, and this is the index of the one to use. A

@@ -27,6 +27,8 @@ VMEM_BYTES = 64 * 1024**2
 
 
 def why_not(problem) -> str | None:
+    if problem.dtype == jnp.float16:
+        return "TPUs do not compute float16"
     if problem.num_in % MIN_TILE or problem.num_out % MIN_TILE:
         return f"sizes {problem.num_out} and {problem.num_in} are not both multiples of {MIN_TILE}"
     if problem.num_in * problem.dtype.itemsize * LANES > WEIGHT_BYTES:

@@ -33,7 +33,7 @@ from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.batch import KVSpec, RaggedBatch
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 128
-FLOATS = ("float32", "bfloat16")
+FLOATS = ("float32", "bfloat16", "float16")
 QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # and the largest magnitude that each keeps
 
 
@@ -106,7 +106,7 @@ def kv_shape(
     Args:
       num_pages: pages of all layers together: num_layers * pages_per_layer. Page 0 of each layer is its null page.
       page_size: tokens per page, 8 to 128.
-      dtype: of the kept keys and values: float32, bfloat16, int8 or float8_e4m3fn.
+      dtype: of the kept keys and values: float32, bfloat16, float16, int8 or float8_e4m3fn.
       shared_values: keys are the values too, and are kept once: half the bytes. `write_kv` is then given v = k. For
         latent attention, where a token's latent is both.
 
@@ -173,7 +173,7 @@ def write_kv(
 
     Args:
       kv: the pool; donate it to the jitted step.
-      k, v: [T, K, D], float32 or bfloat16, cast to the pool's dtype.
+      k, v: [T, K, D], float32, bfloat16 or float16, cast to the pool's dtype.
       page_offset: layer * pages_per_layer, an int or an int32 scalar (traced is fine).
       k_scale, v_scale: for a pool of int8 or float8_e4m3fn, and only for one: this layer's scales, a number or
         float32[K]. Kept is k / k_scale, rounded and clipped to what the dtype holds.
@@ -224,7 +224,7 @@ def attend(
     not its ancestors; positions, and so the window, stay those of the row's slots.
 
     Args:
-      q: [T, H, D], float32 or bfloat16; H a multiple of the pool's K.
+      q: [T, H, D], float32, bfloat16 or float16; H a multiple of the pool's K.
       kv: the pool.
       page_offset: layer * pages_per_layer, an int or an int32 scalar (traced is fine).
       scale: factor of the logits, usually D ** -0.5.

@@ -48,6 +48,8 @@ class TpuPlan:
 
 
 def why_not(spec: KVSpec) -> str | None:
+    if spec.dtype == jnp.float16:
+        return "TPUs do not compute float16"
     most = MAX_SHARED_HEAD_DIM if spec.shared_values else MAX_HEAD_DIM
     if spec.head_dim > most:
         kind = "shared keys and values" if spec.shared_values else "keys and values that are kept apart"

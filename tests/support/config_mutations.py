@@ -53,7 +53,8 @@ WINDOW: dict[str, Any] = {"sliding_window": 4}
 SWITCHED: dict[str, Any] = {**WINDOW, "use_sliding_window": True}
 WINDOWS: dict[str, Any] = {**SWITCHED, "max_window_layers": 1}
 TYPES = {"layer_types": [SLIDING, FULL, SLIDING]}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+CHOSEN = {"num_experts_per_tok": 2}
+EXPERTS = {**CHOSEN, "moe_intermediate_size": 16}
 LATENT: dict[str, Any] = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -76,11 +77,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 12, **WINDOW, **TYPES},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 12, **WINDOW, **TYPES},
     "glm4": {"head_dim": 8},
-    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, **EXPERTS, **WINDOW, **TYPES},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, **CHOSEN, **WINDOW, **TYPES},
     "granite": {"embedding_multiplier": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
     "llama": {"head_dim": 8},
     "mistral": {"head_dim": 8, **WINDOW},
-    "mixtral": {"num_local_experts": 4, **EXPERTS, **WINDOW},
+    "mixtral": {"num_local_experts": 4, **CHOSEN, **WINDOW},
     "phi3": WINDOW,
     "qwen2": {**WINDOWS, **TYPES},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 16, **EXPERTS, **WINDOWS, **TYPES},

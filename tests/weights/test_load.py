@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,14 @@ def test_peak_memory_is_the_checkpoint_and_less_than_a_shard(dtype, form, write_
     assert size == sum(t.size for t in tensors.values()) * jnp.dtype(dtype).itemsize
     assert size < peak * 1.05  # the measure sees the arrays
     assert peak < size + shard
+
+
+def test_many_long_names_are_compared_in_no_time(write_checkpoint):
+    tensors = {f"layer.{i}.{'x' * 150}.weight": np.zeros(1, np.float32) for i in range(20_000)}
+    source = open_safetensors(write_checkpoint(tensors))
+    leaf = Leaf("w", (1,), np.float32, (("layer.1.y.weight", (1,)),), lambda t: t[0])
+    start = time.process_time()
+    with pytest.raises(ModelError, match="lacks 1 tensor"):
+        check_leaves([leaf], source)
+    assert time.process_time() - start < 2
+    source.close()

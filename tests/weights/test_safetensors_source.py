@@ -227,3 +227,16 @@ def test_pickles_are_refused(name, tmp_path):
 def test_folder_without_weights_is_named(tmp_path):
     with pytest.raises(ModelError, match="has no weights: expected model.safetensors"):
         open_safetensors(tmp_path)
+
+
+def test_a_file_that_is_cut_short_while_it_is_open_is_an_error(write_checkpoint):
+    """Touching what a mapped file no longer has would be a signal that ends the process."""
+    folder = write_checkpoint({"a": VALUES, "b": np.zeros(2**16, np.float32)})
+    source = open_safetensors(folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(
+        ModelError, match=r"model.safetensors ends at byte 4096, and tensor 'b' at byte .* cut short"
+    ):
+        source.read("b")
+    source.close()
