@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import threading
 import time

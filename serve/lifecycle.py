@@ -152,6 +152,7 @@ async def run_server(
 
     failures: list[Exception] = []
     watch = asyncio.ensure_future(watch_engine())
+    watch.add_done_callback(lambda task: _stop_for_fault(task, server))
     try:
         await server.serve(sockets=[sock])
     finally:
@@ -161,3 +162,10 @@ async def run_server(
     if failures:
         raise failures[0]
     return server.exit_status
+
+
+def _stop_for_fault(watch: asyncio.Task[None], server: Server) -> None:
+    """A server whose engine nobody watches is not to go on."""
+    if not watch.cancelled() and watch.exception() is not None:
+        logger.critical("the watch over the engine failed", exc_info=watch.exception())
+        server.stop(exit_status=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.selector_events
 import errno
 import json
 import logging
@@ -19,6 +20,7 @@ import serve.connection
 from jinfer import ConfigError, ServerConfig
 from serve import listen
 from serve.admission import Acceptor, Connections, connection_limit
+from tests.support.fake_engine import FakeAsyncEngine
 from tests.support.inprocess_server import run, running
 
 CHAT = "/v1/chat/completions"
@@ -367,6 +369,24 @@ def test_an_error_for_a_connection_that_is_reset_meanwhile(monkeypatch, caplog):
 
 
 # The engine's end is the process's
+
+
+def test_a_fault_in_the_watch_over_the_engine_ends_the_server(caplog):
+    class Odd(FakeAsyncEngine):
+        @property
+        def error(self):
+            raise ZeroDivisionError("planted")
+
+        @error.setter
+        def error(self, value):
+            pass
+
+    async def test():
+        async with running(Odd()) as server:
+            assert await asyncio.wait_for(server.task, 20) == 1
+
+    run(test())
+    assert "planted" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
