@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ class LLM:
       options: any other field of `EngineConfig`, for instance max_model_len=2048 or tensor_parallel_size=2.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
         if model is not None:
             options["model"] = model
         with own_settings():

@@ -391,7 +391,7 @@ def test_chat_renders_the_models_template(llm):
         with pytest.raises(RequestError, match=message):
             llm.chat(chat, greedy(1), **given)
     for messages in ("hi", None, 5, {"role": "user", "content": "hi"}):
-        with pytest.raises(RequestError, match="messages is a .*, expected a list"):
+        with pytest.raises(RequestError, match="messages is .*, expected a list"):
             llm.chat(messages, greedy(1))
     with pytest.raises(RequestError, match=r"messages\[0\] is not an object with a role"):
         llm.chat(["hi"], greedy(1))
