@@ -288,3 +288,29 @@ def test_file_is_no_folder(tmp_path):
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ModelError, match="is a file, expected a folder"):
         resolve_model(str(tmp_path / "model.gguf"))
+
+
+def test_an_incomplete_download_says_what_it_lacks(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(hub, "_download", lambda *args: tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def problem() -> str:
+        with pytest.raises(ModelError) as caught:
+            resolve_model("owner/model")
+        return str(caught.value)
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "'owner/model' in the local cache" in problem()
+    assert "is not complete, it lacks config.json, the safetensors files: download the rest" in problem()
+    (tmp_path / "config.json").write_text("{}")
+    assert "it lacks the safetensors files: download the rest without HF_HUB_OFFLINE" in problem()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert "has no safetensors, and jinfer never unpickles" in problem()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-2.safetensors").write_bytes(b"")
+    assert "is not complete, it lacks model-1.safetensors: download the rest" in problem()
+    (tmp_path / "model-1.safetensors").write_bytes(b"")
+    assert resolve_model("owner/model") == tmp_path
