@@ -363,7 +363,7 @@ def test_an_error_for_a_connection_that_is_reset_meanwhile(monkeypatch):
         async with running() as server:
             line = await server.connect()
             with monkeypatch.context() as patch:
-                patch.setattr(asyncio.selector_events._SelectorSocketTransport, "write_eof", shut_down)
+                patch.setattr("asyncio.selector_events._SelectorSocketTransport.write_eof", shut_down)
                 line.send("GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\nnonsense\r\n\r\n")
                 assert b" 400 " in await line.rest()
 
