@@ -46,7 +46,16 @@ PROMPTS = (
     "word " * 100,
 )
 
+SWITCHES = (
+    "add_generation_prompt", "add_special_tokens", "continue_final_message", "echo", "ignore_eos",
+    "include_stop_str_in_output", "normalize", "return_token_ids", "return_token_strs", "return_tokens_as_token_ids",
+    "skip_special_tokens", "stream",
+)  # fmt: skip
+
 EXAMPLES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(SWITCHES, (True, False)),
+    "request_id": ("a", "x" * 128),
+    "user": ("somebody",),
     "messages": MESSAGES,
     "prompt": PROMPTS,
     "input": (*PROMPTS, ["x"] * 100),
