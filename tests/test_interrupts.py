@@ -10,6 +10,7 @@ import pytest
 
 from jinfer import RequestError
 from jinfer.interrupts import held_signals, uninterrupted
+from jinfer.text.render_pool import shared_pool
 from tests.support.engines import check_idle, greedy
 from tests.support.models import random_prompt
 
@@ -273,3 +274,21 @@ def test_ignored_signals_stay_ignored_and_other_threads_hold_nothing(alarm):
     thread.start()
     thread.join()
     assert found == [ring]
+
+
+def test_interrupted_renderings_keep_their_processes(warm_llm, alarm):
+    """One that an interrupt took from the pool for good would make all chats wait."""
+    template, random_times, hits = warm_llm.engine.chat_template, random.Random(2), 0
+    chat = [{"role": "user", "content": "hi"}]
+    expected = template.render(chat)
+    pids = shared_pool().pids()
+    for _ in range(100):
+        try:
+            alarm(random_times.uniform(1e-4, 0.003))
+            template.render(chat)
+            alarm(0)
+        except Alarm:
+            hits += 1
+    assert hits >= 10
+    assert shared_pool().pids() == pids
+    assert template.render(chat) == expected

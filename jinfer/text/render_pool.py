@@ -12,18 +12,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from jinfer.errors import QueueFullError, RequestError
+from jinfer.interrupts import held_signals, uninterrupted
 
 WORKERS = 2
 WAIT_SECONDS = 30.0  # for a process that is free
 SLACK_SECONDS = (
     20.0  # of waiting for an answer, beyond the CPU time that it may take: the machine may be busy
 )
+LOOK_SECONDS = 0.5  # a longer wait can be interrupted; a shorter one costs no process
 _PASSED_ON = (
     "PATH",
     "HOME",
@@ -79,10 +82,10 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(self, data: bytes, seconds: float) -> dict[str, Any]:
-        """The answer. Raises WorkerDied."""
+        """The answer. Raises WorkerDied, and what the handler of a signal raises that comes during a long wait."""
         try:
             self._connection.send_bytes(data)
-            if not self._connection.poll(seconds):
+            if not _wait_for(self._connection.poll, seconds):
                 self.close()
                 raise WorkerDied(signal.SIGPROF)
             return json.loads(self._connection.recv_bytes())
@@ -108,11 +111,13 @@ class RenderPool:
         self._size = size
         self._reset()
 
+    @uninterrupted
     def start(self) -> None:
         """Starts a process, so that the first request need not wait for it."""
         worker = self._take()
         self._give(worker)
 
+    @uninterrupted
     def ask(self, key: int, template: Mapping[str, Any], request: Any, seconds: float) -> dict[str, Any]:
         """What a process makes of a request.
 
@@ -161,7 +166,7 @@ class RenderPool:
     def _take(self) -> _Worker:
         if os.getpid() != self._owner:
             self._reset()  # after a fork the sockets are the parent's
-        if not self._free.acquire(timeout=WAIT_SECONDS):
+        if not _wait_for(lambda seconds: self._free.acquire(timeout=seconds), WAIT_SECONDS):
             raise QueueFullError(
                 "every process that renders chat templates is busy: send the request again later"
             )
@@ -202,6 +207,17 @@ def shared_pool() -> RenderPool:
     pool = RenderPool()
     atexit.register(pool.close)
     return pool
+
+
+def _wait_for(waits: Callable[[float], bool], seconds: float) -> bool:
+    """Whether what `waits` looks for came in so many seconds. Signals that are held back meanwhile are delivered."""
+    end = time.monotonic() + seconds
+    while not waits(max(0.0, min(LOOK_SECONDS, end - time.monotonic()))):
+        if time.monotonic() >= end:
+            return False
+        with held_signals() as signals:
+            signals.deliver()
+    return True
 
 
 def _job(key: int, template: Mapping[str, Any] | None, request: Any) -> bytes:
