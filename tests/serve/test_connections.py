@@ -115,7 +115,7 @@ def test_a_body_that_does_not_come(announced, trickles):
 
 
 def test_a_body_that_comes_slowly_but_comes(monkeypatch):
-    monkeypatch.setattr(serve.connection, "MIN_BODY_RATE", 100)
+    monkeypatch.setattr(serve.connection, "MIN_BODY_RATE", 20)
 
     async def test():
         async with running(**SHORT) as server:

@@ -160,7 +160,7 @@ def test_a_stream_that_takes_too_long_before_its_first_token_says_so(make_client
 
 
 def test_a_stream_that_takes_too_long_says_so(make_client, events):
-    client = make_client(request_timeout=0.15)
+    client = make_client(request_timeout=0.5)
     client.engine.hold_at = 5
     response = client.chat(stream=True)
     assert response.status_code == 200
