@@ -34,6 +34,7 @@ class _Leaf:
 class _Marked:
     """A copy of a conversation with a mark in every text."""
 
+    shift: int = 0  # messages that were joined with the first one
     nonce: str = field(default_factory=lambda: "q" + secrets.token_hex(4))
     leaves: list[_Leaf] = field(default_factory=list)
 
@@ -49,11 +50,35 @@ class _Marked:
 
     def missing(self, rendered: str) -> list[_Leaf]:
         # One pass, however many marks there are.
-        found = {int(i) for i in re.findall(self.nonce + r"x(\d+)z", rendered.lower())}
+        found = {int(match[1]) for match in self._found(rendered)}
         return [leaf for i, leaf in enumerate(self.leaves) if i not in found]
 
+    def rest(self, rendered: str) -> str:
+        """The marked result without the texts whose marks are in it."""
+        kept, end = [], 0
+        for match in self._found(rendered):
+            words = self.leaves[int(match[1])].text
+            is_whole = rendered.endswith(words, end, match.start())
+            kept.append(rendered[end : match.start() - len(words) * is_whole])
+            end = match.end()
+        return "\0".join([*kept, rendered[end:]])
+
+    def up_to_end(self, rendered: str, index: int) -> str:
+        """What of the marked result the model sees that goes on with the content of message `index`."""
+        where = f"messages[{self._place(index)}].content"
+        ends = {i for i, leaf in enumerate(self.leaves) if leaf.where.startswith(where)}
+        last = max((m.end() for m in self._found(rendered) if int(m[1]) in ends), default=len(rendered))
+        return rendered[:last]
+
+    def _found(self, rendered: str) -> Iterator[re.Match[str]]:
+        return re.finditer(self.nonce + r"x(\d+)z", rendered, re.IGNORECASE)
+
+    def _place(self, index: int) -> int:
+        """Of a message in the request."""
+        return index + self.shift if index else 0
+
     def message(self, message: dict[str, Any], index: int, needs: Needs) -> dict[str, Any]:
-        where = f"messages[{index}]"
+        where = f"messages[{self._place(index)}]"
         marked = dict(message)
         kind = "call content" if message.get("tool_calls") else "content"
         content = message.get("content")
@@ -67,7 +92,8 @@ class _Marked:
             kind = "result name" if message["role"] == "tool" else "name"
             marked["name"] = self.text(name, f"{where}.name", kind, index)
         if reasoning := next((message[f] for f in needs.reasoning_fields if f in message), None):
-            text = self.text(reasoning, f"{where}.{needs.reasoning_fields[0]}", "reasoning", index)
+            kind = "reasoning" if message["role"] == "assistant" else "content"
+            text = self.text(reasoning, f"{where}.{needs.reasoning_fields[0]}", kind, index)
             marked |= {f: text for f in needs.reasoning_fields if f in message}
         if calls := message.get("tool_calls"):
             marked["tool_calls"] = [
@@ -110,8 +136,9 @@ class _Marked:
         where = f"tools[{index}]"
         function = tool.get("function")
         inner = function if isinstance(function, dict) else tool
-        if isinstance(words := inner.get("description"), str):
-            inner = {**inner, "description": self.text(words, f"{where}.description", "tools")}
+        shown = next((f for f in ("description", "name") if isinstance(inner.get(f), str) and inner[f]), None)
+        if shown:
+            inner = {**inner, shown: self.text(inner[shown], f"{where}.{shown}", "tools")}
         return {**tool, "function": inner} if isinstance(function, dict) else inner
 
     def document(self, document: dict[str, Any], index: int) -> dict[str, Any]:
@@ -133,6 +160,8 @@ def check_shown(
     needs: Needs,
     render: Callable[[dict[str, Any]], str],
     tools_are_optional: bool = False,
+    is_continued: bool = False,
+    joined: int = 0,
 ) -> None:
     """Raises RequestError for the first thing of a request that the template left out.
 
@@ -142,10 +171,12 @@ def check_shown(
       render: renders other variables; a failure means that the template cannot be checked this way, and the texts
         themselves are looked for.
       tools_are_optional: the tools may be left out: the request forbids to call them.
+      is_continued: the prompt ends where the content of the last message does.
+      joined: how many messages `fit` joined with the first one.
     """
     if not needs.reads_messages:
         return  # it shows nobody's messages, whatever they are
-    marked = _Marked()
+    marked = _Marked(joined)
     messages = variables["messages"]
     changed = {"messages": [marked.message(message, i, needs) for i, message in enumerate(messages)]}
     if variables.get("tools"):
@@ -153,10 +184,12 @@ def check_shown(
     if variables.get("documents"):
         changed["documents"] = [marked.document(each, i) for i, each in enumerate(variables["documents"])]
     try:
-        missing = marked.missing(render(variables | changed))
-        enough = _TELLING
+        made = render(variables | changed)
+        if is_continued:
+            made = marked.up_to_end(made, len(messages) - 1)
+        missing, enough = marked.missing(made), _TELLING
     except Exception:
-        missing, enough = marked.leaves, 1
+        made, missing, enough = "", marked.leaves, 1
     if not missing:
         return
     # What is true of many messages is found out once.
@@ -164,10 +197,13 @@ def check_shown(
         (i for i, m in enumerate(messages) if m["role"] != "tool" and not m.get("tool_calls")), default=-1
     )
     names = set(_called(messages))
+    rest = marked.rest(made)
     for leaf in missing:
         if _is_habit(leaf, needs, answered, names, tools_are_optional):
             continue
-        if len(leaf.text) < enough or leaf.text not in rendered:
+        # Another text may hold the same words: what is shown of those does not count.
+        others = made.count(leaf.text) - rest.count(leaf.text)
+        if len(leaf.text) < enough or rendered.count(leaf.text) <= others:
             raise _refusal(leaf)
 
 

@@ -7,6 +7,7 @@ refused by name. What has no effect on any model's prompt is passed over: `HARML
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ _FIELDS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", *R
 # They speak to a server's cache or to a client's own books, never to a model.
 HARMLESS = frozenset({"cache_control", "id", "annotations", "index", "status"})
 _CALL_FIELDS = frozenset({"id", "type", "function", *HARMLESS})
+# Clients' libraries add what they parsed of the arguments to what they send back.
+_FUNCTION_FIELDS = frozenset({"name", "arguments", "parsed_arguments", *_CALL_FIELDS})
+# A role of the template's own is a word; its syntax tree holds whole control tokens too.
+_ROLE = re.compile(r"\w[\w-]*")
 _TEXT_FIELDS = ("name", "tool_call_id", *REASONING_FIELDS)
 _TEXT_KINDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 # Parts that are no text; templates have words for them, the engine has not.
@@ -79,7 +84,7 @@ def _fit_message(message: Any, where: str, needs: Needs) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise refused(f"{where} is not an object with a role: expected role and content")
     role = message["role"]
-    if role not in ROLES and role not in needs.words:
+    if role not in ROLES and not (role in needs.words and _ROLE.fullmatch(role)):
         raise refused(
             f"{where}.role is an unknown role, {role[:_SHOWN]!r}: the model's chat template does not read it, expected "
             f"one of {', '.join(ROLES)}"
@@ -179,7 +184,7 @@ def _fit_reasoning(message: Message, fitted: Message, where: str, needs: Needs) 
         rest = [{"type": "text", "text": content}] if isinstance(content, str) else content
         fitted["content"] = [{"type": "thinking", "thinking": reasoning}, *rest]
         return
-    if not needs.drops_reasoning:
+    if not needs.drops_reasoning or (fitted["role"] != "assistant" and not needs.reasoning_fields):
         raise refused(
             f"{where}.{name} cannot be shown: the model's chat template has no place for reasoning. Leave it out, or "
             "put it into the content",
@@ -193,26 +198,37 @@ def _tool_calls(calls: Any, where: str, needs: Needs) -> list[Any]:
     """Tool calls with their arguments in the form that the template takes: clients send them as JSON text."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise refused(f"{where}.tool_calls is not a list of objects")
-    return [_tool_call(call, f"{where}.tool_calls", needs) for call in calls]
+    return [_tool_call(call, f"{where}.tool_calls[{i}]", needs) for i, call in enumerate(calls)]
 
 
 def _tool_call(call: dict[str, Any], where: str, needs: Needs) -> dict[str, Any]:
     if not isinstance(function := call.get("function"), dict):
         # Some clients, and a few templates, write the call without an envelope.
-        return _with_arguments(call, where, needs) if "arguments" in call else call
+        return _function(call, where, needs)
     for name, value in call.items():
         if name not in _CALL_FIELDS and name not in needs.fields and not _is_empty(value):
             raise refused(f"{where}.{name[:_SHOWN]} is not supported: remove it", code="unsupported_field")
-    return {"type": "function", **call, "function": _with_arguments(function, where, needs)}
+    return {"type": "function", **call, "function": _function(function, f"{where}.function", needs)}
 
 
-def _with_arguments(function: dict[str, Any], where: str, needs: Needs) -> dict[str, Any]:
+def _function(function: dict[str, Any], where: str, needs: Needs) -> dict[str, Any]:
+    if not isinstance(function.get("name"), str):
+        raise refused(
+            f"{where} has no name: expected a call as "
+            '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+        )
+    for name, value in function.items():
+        if name not in _FUNCTION_FIELDS and name not in needs.fields and not _is_empty(value):
+            raise refused(f"{where}.{name[:_SHOWN]} is not supported: remove it", code="unsupported_field")
+    function = {name: value for name, value in function.items() if name != "parsed_arguments"}
     given = function.get("arguments")
-    arguments = given
-    if given is None or given == "":
+    arguments = read_json(given, where) if isinstance(given, str) and given else given
+    if arguments is None or arguments == "":
         given, arguments = "{}", {}
-    elif isinstance(given, str):
-        arguments = read_json(given, where)
+    if not isinstance(arguments, dict):
+        raise refused(
+            f"{where} has arguments that are {kind(arguments)}: expected an object, or its JSON text"
+        )
     if needs.arguments_are_text:
         arguments = given if isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
     return {**function, "arguments": arguments}
@@ -234,7 +250,7 @@ def _join_systems(messages: list[Message]) -> list[Message]:
     """The system messages at the beginning as one, for templates that show one."""
     count = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     heads = messages[:count]
-    if count < 2 or not all(isinstance(m["content"], str) and m.keys() == {"role", "content"} for m in heads):
+    if count < 2 or not all(m.keys() == {"role", "content"} and isinstance(m["content"], str) for m in heads):
         return messages
     joined = {"role": "system", "content": "\n\n".join(m["content"] for m in heads if m["content"])}
     return [joined, *messages[count:]]

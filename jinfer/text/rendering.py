@@ -109,8 +109,17 @@ class Renderer:
         if ending is not None:
             text = _cut_at_mark(text, ending)
         clean = text if mark is None else text.replace(mark, "")
-        check_shown(clean, own | given, self.needs, self._make, request["tools_are_optional"])
-        self._check_unusual(own | given)
+        joined = len(request["messages"]) - len(messages)
+        check_shown(
+            clean,
+            own | given,
+            self.needs,
+            self._make,
+            tools_are_optional=request["tools_are_optional"],
+            is_continued=ending is not None,
+            joined=joined,
+        )
+        self._check_unusual(own | given, joined)
         return text, mark if mark is not None and mark in text else None
 
     def _probe(self, variables: dict[str, Any]) -> str:
@@ -138,7 +147,7 @@ class Renderer:
             f"{CANNOT_RENDER}: {reason}. Check the roles, their order and the fields of each message"
         )
 
-    def _check_unusual(self, variables: dict[str, Any]) -> None:
+    def _check_unusual(self, variables: dict[str, Any], joined: int) -> None:
         """Raises RequestError for a field of messages that the template reads, but not here."""
         messages = variables["messages"]
         for name in sorted(unusual_fields(messages)):
@@ -150,8 +159,8 @@ class Renderer:
             if not acts:
                 i = next(i for i, message in enumerate(messages) if name in message)
                 raise refused(
-                    f"messages[{i}].{name[:100]} is not supported: it changes nothing of what the model's chat "
-                    "template shows, remove it",
+                    f"messages[{i + joined if i else 0}].{name[:100]} is not supported: it changes nothing of what the "
+                    "model's chat template shows, remove it",
                     code="unsupported_field",
                 )
 
@@ -160,6 +169,10 @@ class Renderer:
         content = message.get("content")
         if content is None or "content" not in self.needs.fields:
             raise refused("continue_final_message: the last message has no content")
+        if not content and message.get("tool_calls"):
+            raise refused(
+                "continue_final_message: the last message has tool calls and no content to go on with"
+            )
         if isinstance(content, str):
             message["content"] = content + _END_MARK
             return content

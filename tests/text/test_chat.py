@@ -118,7 +118,9 @@ def test_tool_arguments_may_be_json_text(pairs):
     as_text[-2]["tool_calls"][0]["function"]["arguments"] = '{"city": "<ö>"}'
     assert pairs["llama3"][0].render(as_text) == pairs["llama3"][0].render(TOOLS)
     as_text[-2]["tool_calls"][0]["function"]["arguments"] = "{"
-    with pytest.raises(RequestError, match=r"messages\[4\].tool_calls has arguments that are not JSON"):
+    with pytest.raises(
+        RequestError, match=r"messages\[4\].tool_calls\[0\].function has arguments that are not JSON"
+    ):
         pairs["llama3"][0].render(as_text)
 
 
