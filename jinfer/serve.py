@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinfer import ConfigError, EngineConfig, ServerConfig, UserError, __version__
+from jinfer import ConfigError, EngineConfig, JinferError, ServerConfig, UserError, __version__
 from jinfer.cli import parse_args
 from serve import listen
 
@@ -110,7 +110,7 @@ def _start_renderer() -> None:
     """Starts the process that renders chat templates; one that does not start is reported by the first chat."""
     from jinfer.text.render_pool import shared_pool
 
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(JinferError):
         shared_pool().start()
 
 

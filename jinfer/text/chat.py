@@ -1,7 +1,7 @@
 """Chat templates: messages become the prompt that the model was trained on, as transformers renders it."""
 
-import contextlib
 import itertools
+import logging
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 
-from jinfer.errors import ModelError, RequestError
+from jinfer.errors import ModelError, RequestError, RequestFailedError
 from jinfer.text.files import read_json, special_tokens
 from jinfer.text.plain import plain
 from jinfer.text.protected import ProtectedEncoder
@@ -19,6 +19,8 @@ from jinfer.text.rendering import CANNOT_RENDER
 from jinfer.text.sandbox import TemplateEnvironment
 from jinfer.text.template_needs import Needs
 from jinfer.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # What `render` has arguments for, beside the messages and chat_template_kwargs.
 OPTIONS = ("tools", "documents", "add_generation_prompt", "continue_final_message")
@@ -137,8 +139,12 @@ class ChatTemplate:
     def prepare(self) -> None:
         """Starts a process that renders, and lets it study the templates: the first request finds both."""
         for name in self._sources:
-            with contextlib.suppress(RequestError):
+            try:
                 self._ask(name, None, None)
+            except RequestError:
+                pass  # the first chat says what is wrong with the template
+            except RequestFailedError as error:
+                logger.warning("%s", error)
 
     def needs(self, name: str | None = None) -> Needs:
         """What a template needs of messages; of the default one where none is named."""

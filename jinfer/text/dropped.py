@@ -114,15 +114,14 @@ class _Marked:
         function = call.get("function")
         if isinstance(function, dict):
             return {**call, "function": self._call(function, where, message)}
-        arguments = call.get("arguments")
-        if not isinstance(arguments, dict | str):
-            return call
+        arguments: Any = call.get("arguments")
         words = arguments if isinstance(arguments, str) else str(call.get("name", ""))
         self.leaves.append(_Leaf(where, words, "call", message))
         mark = self._mark(len(self.leaves) - 1)
         if isinstance(arguments, str):
             return {**call, "arguments": self._in_json_text(arguments, mark)}
-        return {**call, "arguments": {**arguments, mark: mark}}
+        marked = [*arguments, mark] if isinstance(arguments, list) else {**arguments, mark: mark}
+        return {**call, "arguments": marked}
 
     @staticmethod
     def _in_json_text(text: str, mark: str) -> str:

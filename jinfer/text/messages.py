@@ -225,7 +225,7 @@ def _function(function: dict[str, Any], where: str, needs: Needs) -> dict[str, A
     arguments = read_json(given, where) if isinstance(given, str) and given else given
     if arguments is None or arguments == "":
         given, arguments = "{}", {}
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict | list):
         raise refused(
             f"{where} has arguments that are {kind(arguments)}: expected an object, or its JSON text"
         )

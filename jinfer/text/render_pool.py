@@ -4,6 +4,7 @@ end. At most one request is in a process at a time, and a process that ends take
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from jinfer.errors import QueueFullError, RequestError
+from jinfer.errors import QueueFullError, RequestFailedError
 from jinfer.interrupts import held_signals, uninterrupted
 
 WORKERS = 2
@@ -71,6 +72,7 @@ class _Worker:
         finally:
             theirs.close()
         self._connection = Connection(ours.detach())
+        self._is_ready = False
         self.known: set[int] = set()  # templates that were sent
 
     @property
@@ -82,7 +84,9 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(self, data: bytes, seconds: float) -> dict[str, Any]:
-        """The answer. Raises WorkerDied, and what the handler of a signal raises that comes during a long wait."""
+        """The answer. Raises WorkerDied, RequestFailedError where the process did not even start, and what the handler
+        of a signal raises that comes during a long wait."""
+        self._wait_until_ready()
         try:
             self._connection.send_bytes(data)
             if not _wait_for(self._connection.poll, seconds):
@@ -92,6 +96,20 @@ class _Worker:
         except (EOFError, OSError):
             self.close()
             raise WorkerDied(max(0, -(self._process.returncode or 0))) from None
+
+    def _wait_until_ready(self) -> None:
+        if self._is_ready:
+            return
+        with contextlib.suppress(EOFError, OSError):
+            self._is_ready = bool(
+                _wait_for(self._connection.poll, SLACK_SECONDS) and self._connection.recv_bytes()
+            )
+        if not self._is_ready:
+            self.close()
+            raise RequestFailedError(
+                f"the process that renders chat templates did not start (exit status {self._process.returncode}): see "
+                f"whether {sys.executable} runs, can import jinja2 and may use some 200 MB of memory"
+            )
 
     def close(self) -> None:
         """Ends the process."""
@@ -130,6 +148,7 @@ class RenderPool:
         Raises:
           WorkerDied: the process broke a limit, or somebody ended it.
           QueueFullError: all processes were busy for long.
+          RequestFailedError: no process can be started.
         """
         worker = self._take()
         try:
@@ -181,7 +200,7 @@ class RenderPool:
                 worker.close()
         except OSError as error:
             self._free.release()
-            raise RequestError(
+            raise RequestFailedError(
                 f"the process that renders chat templates cannot be started: {error}"
             ) from error
         except BaseException:

@@ -37,6 +37,7 @@ def main(descriptor: int) -> None:
         resource.setrlimit(limit, (0, 0))
     connection = Connection(descriptor)
     worker = _Worker()
+    connection.send_bytes(b"ready")
     while True:
         try:
             data = connection.recv_bytes()

@@ -69,7 +69,7 @@ def test_a_text_that_only_the_mark_changes_is_no_loss():
         called(None),
         called("f"),
         called({"arguments": "{}"}),
-        called({"name": "f", "arguments": '["words"]'}),
+        called({"name": "f", "arguments": '"words"'}),
         called({"name": "f", "arguments": 7}),
         called({"name": "f", "arguments": "{}", "mood": "words"}),
     ],
@@ -78,6 +78,13 @@ def test_a_text_that_only_the_mark_changes_is_no_loss():
 def test_a_call_of_another_shape_is_refused(source, call):
     error = refusal(source, [user(), assistant("", tool_calls=[call]), user()])
     assert error.startswith("messages[1].tool_calls[0]")
+
+
+def test_arguments_that_are_a_list():
+    call = called({"name": "f", "arguments": '["words"]'})
+    messages = [user(), assistant("", tool_calls=[call])]
+    assert render(CALLS, messages) == '<user>hi<assistant>[f ["words"]]'
+    assert refusal(PLAIN, messages).startswith("messages[1].tool_calls[0] would be lost")
 
 
 @pytest.mark.parametrize("arguments", ["null", None, "", {}])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jinfer.errors import RequestError
+from jinfer.errors import RequestError, RequestFailedError
 from jinfer.text import ChatTemplate
 from jinfer.text import render_pool as pools
 from jinfer.text.render_pool import RenderPool
@@ -106,6 +106,18 @@ def test_a_process_that_died_in_its_sleep_is_replaced(pool):
     os.kill(pid, signal.SIGKILL)
     time.sleep(0.1)
     assert quick.render(HI) == "hi"
+
+
+@pytest.mark.parametrize(("name", "value"), [("_BOOT", "import nothing_of_this_name"), ("_path", list)])
+def test_a_process_that_does_not_start_is_no_fault_of_the_messages(pool, monkeypatch, caplog, name, value):
+    made = template(PLAIN, pool)
+    with monkeypatch.context() as patch:
+        patch.setattr(pools, name, value)
+        with pytest.raises(RequestFailedError, match=r"did not start \(exit status 1\)"):
+            made.render(HI)
+        made.prepare()
+        assert "did not start" in caplog.text
+    assert made.render(HI) == "hi"
 
 
 def test_a_terminals_interrupt_does_not_reach_it(pool):
