@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import queue
 import threading
@@ -52,6 +53,8 @@ class AsyncEngine:
     """Runs an `Engine` in a thread. `start()` returns at once; `wait_ready()` waits for load and compilation."""
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.max_seqs_per_request is None:
+            config = dataclasses.replace(config, max_seqs_per_request=max(1, config.max_num_seqs // 4))
         self.config = config
         self.error: str | None = None
         self.default_params: dict[str, Any] = {}
@@ -202,11 +205,14 @@ class AsyncEngine:
         pooling: PoolingParams | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        group: str = "",
         on_taken: Callable[[], None] | None = None,
     ) -> AsyncIterator[OutputDelta]:
         """Deltas of all n choices as they come; ends when all are finished.
 
         pooling: the prompt's embedding is wanted, with the one delta that comes, and no text; see `embed`.
+
+        group: requests of the same name count as one for `EngineConfig.max_seqs_per_request`.
 
         on_taken: called once the engine has taken the request, which may be long before the first delta.
 
@@ -232,6 +238,7 @@ class AsyncEngine:
                     pooling=pooling,
                     priority=priority,
                     cache_salt=cache_salt,
+                    group=group,
                 )
             except JinferError:
                 raise

@@ -99,6 +99,13 @@ class EngineConfig:
         None, "longest prompt plus output in tokens; default: the model's own limit", low=2, high=2**24
     )
     max_num_seqs: int = option(32, "most sequences running at once", low=1, high=4096)
+    max_seqs_per_request: int | None = option(
+        None,
+        "most sequences (choices and prompts) of one request that run while other requests run or wait; default: a "
+        "quarter of max_num_seqs in a server, all of them in `LLM`",
+        low=1,
+        high=4096,
+    )
     max_num_batched_tokens: int = option(
         512, "tokens of one step, prompt chunks included", low=16, high=131072
     )

@@ -11,10 +11,9 @@ A row whose end is found in n has one more token computed in n+1, which commit t
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 from jinfer.admission import Admission, CheckedPrompt, check_salt, choice_seed, read_priority
 from jinfer.config import EngineConfig
@@ -28,7 +27,7 @@ from jinfer.packing import slot_fields
 from jinfer.platform import prepare_platform, refuse_disabled_jit
 from jinfer.pooling import PoolingParams
 from jinfer.request import FinishReason, OutputDelta, Request, RequestFault
-from jinfer.runner import INCOMPLETE, Runner, StepHandle, token_logprobs
+from jinfer.runner import INCOMPLETE, Runner, StepHandle
 from jinfer.sampling.params import SamplingParams
 from jinfer.schedule.batch import Batch, BatchRow
 from jinfer.schedule.scheduler import Scheduler
@@ -74,6 +73,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
             recompute_beyond=self.model_config.recompute_length,
+            max_seqs_per_group=config.max_seqs_per_request,
         )
         self.end_ids = frozenset(self.tokenizer.eos_ids) | frozenset(self.model_config.eos_token_ids)
         self.end_ids |= generation_end_ids(config.generation_config, self.folder, self.vocab_size)
@@ -139,10 +139,12 @@ class Engine:
         prompt_only: bool = False,
         priority: int = 0,
         cache_salt: str = "",
+        group: str = "",
         arrival_time: float | None = None,
     ) -> None:
         """Queues a request; its n choices are forks that share the prompt's pages.
 
+        group: requests of the same name count as one for `EngineConfig.max_seqs_per_request`.
         pooling: the prompt's embedding is wanted, with the last delta, and no text; give `EMBED` as params.
         prompt_only: the token that follows the prompt is not wanted, so the prompt may have max_model_len tokens; give
           max_tokens=1. Every embedding is such a request.
@@ -181,6 +183,7 @@ class Engine:
                     seed=choice_seed(seed, index),
                     priority=priority,
                     arrival_time=arrival,
+                    group=group,
                     cache_salt=private or cache_salt,
                     # The mean needs the hidden states of all tokens: those of cached pages are not kept.
                     cacheable=self._is_cacheable(len(prompt), params)
@@ -338,11 +341,10 @@ class Engine:
             if any(row.request.params.logprobs is not None for row in asking):
                 table = handle.logprobs()
                 index_of = {id(row): i for i, row in enumerate(rows)}
-                chosen = np.isnan(table.chosen[: len(rows)])
                 self._end_not_finite(
                     row
-                    for row, is_nan in zip(rows, chosen)
-                    if is_nan and row.request.params.logprobs is not None
+                    for row, chosen in zip(rows, table.chosen)
+                    if math.isnan(chosen) and row.request.params.logprobs is not None
                 )
         appended = self.scheduler.commit(handle.batch, tokens)
         self._counters.generation_tokens += len(appended)
@@ -367,7 +369,7 @@ class Engine:
                 del self._streams[request]
             logprobs = None
             if table is not None and request.params.logprobs is not None:
-                logprobs = [token_logprobs(table, index_of[id(row)], token, request.params.logprobs)]
+                logprobs = [table.of(index_of[id(row)], token, request.params.logprobs)]
             deltas.append(stream.delta([token], text, logprobs))
 
     def _text_of(self, stream: OutputStream, token: int) -> str:
@@ -401,11 +403,11 @@ class Engine:
                 assert row.request.params.prompt_logprobs is not None
                 prompt = row.request.prompt_token_ids
                 count = min(count, len(prompt) - 1 - start)
-                if np.isnan(table.chosen[at : at + count]).any():
+                if any(map(math.isnan, table.chosen[at : at + count])):
                     faulty.append(row)
                 for i in range(count):
-                    stream.prompt_logprobs[start + i + 1] = token_logprobs(
-                        table, at + i, prompt[start + i + 1], row.request.params.prompt_logprobs
+                    stream.prompt_logprobs[start + i + 1] = table.of(
+                        at + i, prompt[start + i + 1], row.request.params.prompt_logprobs
                     )
             at += row.count
         self._end_not_finite(faulty)

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from serve.bounds import check_fields, check_values
 from serve.protocol import APIError, bad_request
 from serve.state import State
+from serve.work import Pace
 
 T = TypeVar("T")
 
@@ -45,16 +46,19 @@ async def prepare_body(
             wait = min(ROOM_SECONDS, max(0.0, deadline - time.monotonic()))
             await stack.enter_async_context(state.room.reserved(size, wait))
 
-        raw = await _read(request, deadline, reserve, state.config.max_body_bytes)
-        if len(raw) <= SMALL_BODY:
-            body = _parse(raw)
+        chunks = await _read(request, deadline, reserve, state.pace, state.config.max_body_bytes)
+        size = sum(map(len, chunks))
+        if size <= SMALL_BODY:
+            body = _parse(b"".join(chunks))
             if is_quick(body):
                 return prepare(state, body)
             return await state.in_thread(prepare, state, body)
-        return await state.in_thread(_prepare_long, state, raw, prepare, large=len(raw) > LARGE_BODY)
+        return await state.in_thread(_prepare_long, state, chunks, prepare, large=size > LARGE_BODY)
 
 
-def _prepare_long(state: State, raw: bytes, prepare: Callable[[State, dict[str, Any]], T]) -> T:
+def _prepare_long(state: State, chunks: list[bytes], prepare: Callable[[State, dict[str, Any]], T]) -> T:
+    raw = b"".join(chunks)  # here, since joining a megabyte and more gives up Python's lock
+    chunks.clear()
     check_values(raw)
     return prepare(state, _parse(raw))
 
@@ -73,9 +77,9 @@ def _check_type(request: Request) -> None:
 
 
 async def _read(
-    request: Request, deadline: float, reserve: Callable[[int], Awaitable[None]], most: int
-) -> bytes:
-    """The bytes of the body; room for more than LARGE_BODY is reserved first.
+    request: Request, deadline: float, reserve: Callable[[int], Awaitable[None]], pace: Pace, most: int
+) -> list[bytes]:
+    """The body as it came; room for more than LARGE_BODY is reserved first.
 
     Not request.body(): that would be kept for as long as the answer takes.
     """
@@ -92,11 +96,13 @@ async def _read(
                 if size > LARGE_BODY and not reserved:  # of a length that nobody announced
                     reserved = True
                     await reserve(most)
+                if size > LARGE_BODY:
+                    await pace.turn()
     except TimeoutError:
         raise APIError(
             408, "the body did not arrive in time", code="request_timeout", headers={"connection": "close"}
         ) from None
-    return b"".join(chunks)
+    return chunks
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

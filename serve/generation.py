@@ -65,6 +65,8 @@ class Generation:
         self._state = state
         self._job = job
         self._clock = clock
+        # Clients choose ids, and the engine needs each once: a retry may overlap with the request it repeats.
+        self._group = f"{job.request_id}-{uuid.uuid4().hex[:12]}"
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: list[tuple[int, OutputDelta]] = []
         self._num_ready = 0  # values in it, see Job.values_per_token
@@ -76,10 +78,8 @@ class Generation:
 
     def start(self) -> None:
         """Hands every prompt to the engine. Its refusals come out of the first `next`."""
-        # Clients choose ids, and the engine needs each once: a retry may overlap with the request it repeats.
-        unique = uuid.uuid4().hex[:12]
         for i, prompt in enumerate(self._job.prompts):
-            request_id = f"{self._job.request_id}-{unique}-{i}"
+            request_id = f"{self._group}-{i}"
             self._tasks.append(asyncio.ensure_future(self._pump(i, prompt, request_id)))
         self._open = self._untaken = len(self._tasks)
 
@@ -138,6 +138,7 @@ class Generation:
                 pooling=job.pooling,
                 priority=job.priority,
                 cache_salt=job.cache_salt,
+                group=self._group,
                 on_taken=self._take_note,
             )
             async with contextlib.aclosing(stream):

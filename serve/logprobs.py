@@ -60,7 +60,9 @@ class ChatLogprobs:
     def entries(self, logprobs: Iterable[TokenLogprobs]) -> Iterator[Encoded]:
         """JSON of one entry per token."""
         for item in logprobs:
-            top = "},".join([self._entry(token_id, logprob) for token_id, logprob in item.top])
+            top = "},".join(
+                [self._entry(token_id, logprob) for token_id, logprob in zip(item.top_ids, item.top_logprobs)]
+            )
             end = "}]}" if top else "]}"
             yield Encoded(f'{self._entry(item.token_id, item.logprob)},"top_logprobs":[{top}{end}')
 

@@ -16,7 +16,7 @@ from serve.logprobs import TokenTexts
 from serve.metrics import Metrics
 from serve.params import Limits
 from serve.protocol import APIError, bad_request, prompt_too_long, unavailable
-from serve.work import Room, Workers
+from serve.work import Pace, Room, Workers
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ class State:
         self.metrics = Metrics(self.model_name, self._read_stats, config.metrics_prefix)
         self._workers = Workers()
         self.room = Room(ROOM * config.max_body_bytes)
+        self.pace = Pace()
 
     @property
     def model_name(self) -> str:

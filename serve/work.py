@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,8 @@ T = TypeVar("T")
 THREADS = 4  # for tokenizing and rendering; the tokenizer works outside Python's lock
 # For large bodies. Few: each may take seconds of a core and a hundred times its bytes of memory.
 LARGE_THREADS = max(1, min(4, (os.cpu_count() or 1) // 4))
+LARGE_NICENESS = 10  # not the lowest: while it holds Python's lock, others wait for it
+PAUSE_SECONDS = 0.001  # between two reads of large bodies, which makes some 50 MB/s
 MAX_PENDING = 4096  # calls that wait for a thread or run
 
 
@@ -25,7 +29,9 @@ class Workers:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="serve")
-        self._large = ThreadPoolExecutor(LARGE_THREADS, thread_name_prefix="serve-large")
+        self._large = ThreadPoolExecutor(
+            LARGE_THREADS, thread_name_prefix="serve-large", initializer=_lower_priority
+        )
         self._pending = 0
 
     async def run(self, function: Callable[..., T], *args: Any, large: bool = False) -> T:
@@ -42,6 +48,29 @@ class Workers:
     def close(self) -> None:
         for pool in (self._threads, self._large):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _lower_priority() -> None:
+    """Of this thread, where the system gives threads priorities of their own: the cores are for the steps first."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LARGE_NICENESS)
+
+
+class Pace:
+    """Turns at reading large bodies: one at a time, in the order of asking, and a pause behind each.
+
+    Each read keeps the event loop for a part of a millisecond. Without turns, sixteen clients that send at once would
+    take sixteen of them in every round of the loop, and the streams of others would wait. A turn is only the start of a
+    read, so a client that sends slowly keeps nobody waiting.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()  # wakes its waiters in their order
+
+    async def turn(self) -> None:
+        async with self._lock:
+            await asyncio.sleep(PAUSE_SECONDS)
 
 
 class Room:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from jinfer.cache.pages import NULL_PAGE
 from jinfer.request import Request
+from jinfer.schedule.shares import Share
 
 Order = tuple[int, int]  # (class, arrival), see policy.py
 
@@ -62,5 +63,6 @@ class Entry:
     to_sample: int = 0  # tokens that steps may still sample before `limit`; those in flight are taken off
     register_at: int = NEVER  # the next page becomes findable when this many tokens are computed and known
     is_queued: bool = False
+    share: Share = field(init=False)  # its group's
     parked_behind: Entry | None = None  # the leader whose prompt this fork waits for
     forks: list[Entry] = field(default_factory=list)  # the entries parked behind this one

@@ -35,18 +35,21 @@ def check_scheduler(scheduler: Scheduler) -> None:
 def _check_whereabouts(scheduler: Scheduler) -> None:
     """Every unfinished request is in one place, every slot has one owner or none."""
     running, queued, parked = scheduler.running.entries, scheduler.queue.entries(), scheduler.parked()
-    everyone = running + queued + parked
+    held_back = scheduler.shares.held_back()
+    everyone = running + queued + parked + held_back
     require(len(everyone) == len(set(map(id, everyone))), "a request is in two places")
     require({e.request for e in everyone} == set(scheduler.entries), "a request is lost")
     require(len(queued) == len(scheduler.queue), "the queue miscounts its entries")
-    require(len(parked) == scheduler.num_waiting - len(queued), "the parked forks are miscounted")
+    waiting = queued + parked + held_back
+    require(len(waiting) == scheduler.num_waiting, "the parked forks are miscounted")
+    _check_shares(scheduler, everyone, running + queued)
     orders = [e.order for e in running]
     require(orders == sorted(orders), "the running entries are out of order")
     for entry in running:
         require(
             entry.request.state is RequestState.RUNNING, f"{entry.request.request_id} runs in another state"
         )
-    for entry in queued + parked:
+    for entry in waiting:
         request = entry.request
         require(request.state is RequestState.WAITING, f"{request.request_id} waits in another state")
         require(not entry.held, f"{request.request_id} waits and holds pages")
@@ -55,6 +58,16 @@ def _check_whereabouts(scheduler: Scheduler) -> None:
         )
     slots = sorted([e.request.slot for e in running] + scheduler.running.free_slots)
     require(slots == list(range(scheduler.max_num_seqs)), "a slot is lost or has two owners")
+
+
+def _check_shares(scheduler: Scheduler, everyone: list[Entry], active: list[Entry]) -> None:
+    """Every group counts its entries, and holds none back while it has less than its share."""
+    entries, busy = Counter(id(e.share) for e in everyone), Counter(id(e.share) for e in active)
+    for share in {id(e.share): e.share for e in everyone}.values():
+        require(share.num_entries == entries[id(share)], "a group miscounts its entries")
+        require(share.num_active == busy[id(share)], "a group miscounts what runs or is queued")
+        is_full = share.num_active >= scheduler.shares.most
+        require(is_full or not share.held_back, "a group has less than its share and holds an entry back")
 
 
 def _check_pages(scheduler: Scheduler, place: int, group: PageGroup) -> None:

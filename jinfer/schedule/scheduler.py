@@ -26,8 +26,9 @@ A page becomes findable for the steps after the one that fills it, not for rows 
 step an attention kernel may read and write pages in any order.
 
 Nothing starves: the queue is kept by (class, arrival), its head blocks everything behind it, and the running
-request that is first in that order is never preempted for another, so it ends, and so does the next. (Under
-`priority` a steady stream of urgent requests does hold back the others: that is what was asked for.)
+request that is first in that order is never preempted for another, so it ends, and so does the next. What a group has
+beyond its share (`shares`) stays out of the queue until another of the group ends. (Under `priority` a steady stream
+of urgent requests does hold back the others: that is what was asked for.)
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from jinfer.schedule.integrity import check_scheduler
 from jinfer.schedule.limits import token_limit
 from jinfer.schedule.policy import WaitingQueue, check_policy, order_of
 from jinfer.schedule.running import RunningSet
+from jinfer.schedule.shares import Shares
 
 
 class Scheduler:
@@ -56,8 +58,10 @@ class Scheduler:
     times are written here and nowhere else.
 
     enable_prefix_caching=False: only forks (requests with a leader) look into the cache, to share the prompt
-    pages of their group; the caller gives the group a `cache_salt` of its own, and cacheable=False to every
-    other request.
+    pages of their leader; the caller gives leader and forks a `cache_salt` of their own, and cacheable=False to
+    every other request.
+
+    max_seqs_per_group: sequences that one group may have running while others have requests, see `shares`; None: all.
 
     recompute_beyond: a sequence that grows beyond so many tokens is computed anew, since the KV of all its tokens is
     then another, and shares no pages from then on.
@@ -80,6 +84,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
         recompute_beyond: int | None = None,
+        max_seqs_per_group: int | None = None,
     ) -> None:
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
@@ -109,6 +114,7 @@ class Scheduler:
         self.entries: dict[Request, Entry] = {}  # every unfinished request
         self._by_id: dict[str, list[Entry]] = {}
         self.queue = WaitingQueue()
+        self.shares = Shares(max_seqs_per_group or max_num_seqs + max_num_waiting)
         self._num_parked = 0
         self._arrivals = 0
         self._next_step = 0
@@ -137,7 +143,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.queue) + self._num_parked
+        return len(self.queue) + self._num_parked + self.shares.num_held_back
 
     @property
     def kv_usage(self) -> float:
@@ -182,6 +188,7 @@ class Scheduler:
         self._arrivals += 1
         self.entries[request] = entry
         self._by_id.setdefault(request.request_id, []).append(entry)
+        entry.share = self.shares.add(entry)
         leader = None if request.leader is None else self.entries.get(request.leader)
         # A fork whose leader has ended, or with no full page to share, has nothing to wait for.
         has_page = (request.num_prompt_tokens - 1) // self.page_size > 0
@@ -190,6 +197,10 @@ class Scheduler:
             leader.forks.append(entry)
             self._num_parked += 1
         else:
+            self._enqueue(entry)
+
+    def _enqueue(self, entry: Entry) -> None:
+        if self.shares.claim(entry):
             self.queue.push(entry)
 
     def abort(self, request_id: str) -> list[Request]:
@@ -315,7 +326,7 @@ class Scheduler:
         """Admits from the head of the queue and adds their first chunks; returns the budget that is left. The
         head blocks those behind it, however small: otherwise a large request could wait forever."""
         while budget and self.running.free_slots:
-            entry = self.queue.head()
+            entry = self.queue.head() or self._beyond_its_share()
             # A preempted request waits until all its tokens are known, to be computed again.
             if entry is None or entry.request.num_in_flight:
                 break
@@ -337,6 +348,13 @@ class Scheduler:
             budget -= self._chunk(entry, request.num_computed, budget, table_start, rows)
             filled.append(entry)
         return budget
+
+    def _beyond_its_share(self) -> Entry | None:
+        """The next entry of a group that has the engine for itself."""
+        entry = self.shares.next_of_only_group()
+        if entry is not None:
+            self.queue.push(entry)
+        return entry
 
     def _chunk(self, entry: Entry, start: int, budget: int, new_page_start: int, rows: list[BatchRow]) -> int:
         """Adds the row that computes the next known tokens of `entry`, as many as the budget allows."""
@@ -438,15 +456,21 @@ class Scheduler:
     def _end(self, entry: Entry, reason: FinishReason, stop_reason: int | str | None) -> None:
         """Ends a request wherever it is: running, queued or parked."""
         request = entry.request
+        was_active = True
         if request.state is RequestState.RUNNING:
             self.running.leave(entry)
         elif entry.is_queued:
             self.queue.remove(entry)
-        elif entry.parked_behind is not None:
+        else:
+            was_active = False
+        if entry.parked_behind is not None:
             entry.parked_behind.forks.remove(entry)
             entry.parked_behind = None
             self._num_parked -= 1
         self._release_forks(entry)
+        successor = self.shares.remove(entry, was_active)
+        if successor is not None:
+            self.queue.push(successor)
         del self.entries[request]
         same_id = self._by_id[request.request_id]
         same_id.remove(entry)
@@ -467,5 +491,5 @@ class Scheduler:
         for fork in leader.forks:
             fork.parked_behind = None
             self._num_parked -= 1
-            self.queue.push(fork)
+            self._enqueue(fork)
         leader.forks.clear()

@@ -174,10 +174,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.sampled_from([True, True, False]),
         depth=st.sampled_from([1, 2, 2, 3]),
+        share=st.sampled_from([None, None, 1, 2]),
     )
-    def start(self, kinds, page_size, max_num_seqs, budget, policy, caching, depth):
+    def start(self, kinds, page_size, max_num_seqs, budget, policy, caching, depth, share):
         self.caching, self.policy, self.depth = caching, policy, depth
         self.budget = max_num_seqs + budget
+        self.share = share
         self.model_len = 30
         self.page_size = page_size
         sizes = [GroupSize(1 + -(-tokens // page_size), window) for window, tokens in kinds]
@@ -190,6 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_waiting=8,
             enable_prefix_caching=caching,
             policy=policy,
+            max_seqs_per_group=share,
         )
         self.device = Device(sizes, page_size, max_num_seqs)
         # A window needs the pages of one chunk and of what its first token sees, wherever these begin.
@@ -215,8 +218,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 1, 2, 3]),
         ends=st.booleans(),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        group=st.sampled_from(["", "", "a group"]),
     )
-    def add(self, prompt, max_tokens, salt, cacheable, priority, n, ends, prompt_logprobs):
+    def add(self, prompt, max_tokens, salt, cacheable, priority, n, ends, prompt_logprobs, group):
         self.groups += 1
         group_id = f"r{self.groups}"
         if not self.caching:  # as the engine does it
@@ -230,6 +234,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 priority=priority,
                 cache_salt=salt,
                 cacheable=cacheable,
+                group=group,
                 index=index,
                 leader=leader,
                 end_token_ids=frozenset({END}) if ends else frozenset(),
@@ -362,7 +367,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sum(not row.samples for row in chunks) == 1, "the budget was not spent in order"
         assert not (preempted and batch.admitted)
         waiting = [
-            r for r in before if r.state is RequestState.WAITING and (r.leader is None or r.num_preemptions)
+            r
+            for r in before
+            if r.state is RequestState.WAITING
+            and (r.leader is None or r.num_preemptions)
+            and not self.has_its_share(r)
         ]
         for request in batch.admitted:
             assert before[request][0] is RequestState.WAITING
@@ -376,6 +385,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             shares = request.cacheable and request.num_prompt_tokens > self.scheduler.page_size
             if leader is not None and shares and not leader.finished:
                 assert self.naives[leader].prompt_is_computed, "a fork ran before its leader's prompt"
+
+    def has_its_share(self, request):
+        """Whether a request may have to wait for another of its group."""
+        group = request.group or request.request_id
+        others = [r for r in self.unfinished() if (r.group or r.request_id) == group and r is not request]
+        return self.share is not None and not request.num_preemptions and len(others) >= self.share
 
     def limit(self, request):
         limit = min(self.model_len, self.room)

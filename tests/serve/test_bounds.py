@@ -28,11 +28,11 @@ def counts(raw: bytes) -> str:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (b'{"a": [' + b"[]," * 60_000 + b"[]]}", "60003 objects and lists"),
-        (b'{"a": ' + b'{"a":' * 60_000 + b"1" + b"}" * 60_000, "60001 objects and lists"),
-        (b"{" + b",".join(b'"k%d":1' % i for i in range(110_000)) + b"}", "110000 keys"),
-        (b'{"a": [' + b'"b",' * 260_000 + b"1]}", "260001 strings"),
-        (b'{"a": [' + b"1," * 1_100_000 + b"1]}", "1100000 values"),
+        (b'{"a": [' + b"[]," * 60_000 + b"[]]}", "more than 50000 objects and lists"),
+        (b'{"a": ' + b'{"a":' * 60_000 + b"1" + b"}" * 60_000, "more than 50000 objects and lists"),
+        (b"{" + b",".join(b'"k%d":1' % i for i in range(110_000)) + b"}", "more than 100000 keys"),
+        (b'{"a": [' + b'"b",' * 260_000 + b"1]}", "more than 250000 strings"),
+        (b'{"a": [' + b"1," * 1_100_000 + b"1]}", "more than 1000000 values"),
     ],
 )
 def test_bodies_of_too_many_values(client, raw, words):
@@ -59,7 +59,25 @@ def test_text_is_no_structure(text, ascii):
     assert counts(raw) == ""
     # Behind the text the count goes on.
     more = json.dumps({"prompt": text, "n": [[]] * 60_000}, ensure_ascii=ascii).encode()
-    assert "60002 objects and lists" in counts(more)
+    assert "more than 50000 objects and lists" in counts(more)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize(
+    "text", ['a" [', "\\\\", '\\"', '"[\\\\"', "\\" * 7 + '"[[', '"\\' * 9, "[{,:", 'é\\"[é"\\\\\\"{']
+)
+def test_counts_do_not_depend_on_the_pieces(monkeypatch, text, size):
+    """Quotes and backslashes have their meaning across the end of a piece."""
+    raw = json.dumps({text: [text, [], {text: 1}], "b" + text: text + text}, ensure_ascii=False).encode()
+    monkeypatch.setattr(bounds, "_PIECE", size)
+    limits = {"MAX_CONTAINERS": 4, "MAX_KEYS": 3, "MAX_STRINGS": 5, "MAX_VALUES": 3}
+    for name, value in limits.items():
+        monkeypatch.setattr(bounds, name, value)
+    assert counts(raw) == ""
+    for name, value in limits.items():
+        monkeypatch.setattr(bounds, name, value - 1)
+        assert f"more than {value - 1} " in counts(raw)
+        monkeypatch.setattr(bounds, name, value)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +334,7 @@ def test_log_probabilities_are_written_fast(client):
     from serve.logprobs import ChatLogprobs
 
     top = tuple((i, -1.0 - i / 7) for i in range(20))
-    items = [TokenLogprobs(3, -1.25, 4, top)] * 1000
+    items = [TokenLogprobs(3, -1.25, 4, *zip(*top))] * 1000
     writer = ChatLogprobs(client.state.token_texts)
     start = time.thread_time()
     text = "".join(parts(Long(writer.entries(items))))

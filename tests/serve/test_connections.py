@@ -13,6 +13,7 @@ import ssl
 import subprocess
 from typing import Any
 
+import h11
 import pytest
 
 import serve.admission
@@ -434,6 +435,44 @@ def test_the_absolute_form(target, status):
             assert (await server.get(target))[0] == status
 
     run(test())
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1000, 10_000])
+def test_bodies_come_whole_however_they_are_cut(size):
+    """What is handed past h11 adds up, and the next request behind it is found."""
+
+    def request(body, fields):
+        return f"POST /x HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n".encode() + body
+
+    bodies = [bytes(range(256)) * 9, b"", b"end"]
+    sent = b"".join(request(body, f"Content-Length: {len(body)}\r\n") for body in bodies)
+    sent += request(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", "Transfer-Encoding: chunked\r\n")
+    conn = serve.connection._Requests(lambda event: None)
+    found, body = [], b""
+    for start in range(0, len(sent), size):
+        conn.receive_data(sent[start : start + size])
+        while (event := conn.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+            if isinstance(event, h11.Data):
+                body += event.data
+            elif isinstance(event, h11.EndOfMessage):
+                found.append(body)
+                body = b""
+                conn.send(h11.Response(status_code=200, headers=[("content-length", "0")]))
+                conn.send(h11.EndOfMessage())
+                conn.start_next_cycle()
+    assert found == [*bodies, b"abcde"]
+
+
+def test_a_body_is_handed_on_as_it_came():
+    conn = serve.connection._Requests(lambda event: None)
+    conn.receive_data(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
+    assert isinstance(conn.next_event(), h11.Request)
+    for _ in range(2):
+        assert conn.next_event() is h11.NEED_DATA
+        piece = bytes(50_000)
+        conn.receive_data(piece)
+        assert conn.next_event().data is piece
+    assert isinstance(conn.next_event(), h11.EndOfMessage)
 
 
 def test_empty_lines_before_a_request():

@@ -109,6 +109,7 @@ class FakeAsyncEngine:
         pooling: PoolingParams | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        group: str = "",
         on_taken: Callable[[], None] | None = None,
     ) -> AsyncIterator[OutputDelta]:
         if self.draining or self.error:
@@ -287,4 +288,5 @@ class _Writer:
         other = [i for i in range(count + 4) if i != token]
         top = [(other[0], -0.7), (other[1], -1.0), (token, -1.5 - at / 100), (other[2], float("-inf"))]
         top += [(i, float("-inf")) for i in other[3:]]
-        return TokenLogprobs(token, -1.5 - at / 100, 3, tuple(top[:count]))
+        ids, logprobs = zip(*top[:count]) if count else ((), ())
+        return TokenLogprobs(token, -1.5 - at / 100, 3, ids, logprobs)

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from jinfer import ConfigError
 from tools.bench.server import started_server
 from tools.stall_check.cases import CASES, Case
+from tools.stall_check.sender import Sender
 from tools.stall_check.watch import MIB, Watch, between, quantile
 from tools.stall_check.wire import Target
 
-BODY_BYTES = 4 * 1024 * 1024  # the largest body that a server takes by default
 SETTLE_SECONDS = 10.0  # after a case, for memory to come back
 MIN_GAPS = 200  # fewer say nothing about one in a hundred
 
@@ -77,38 +77,30 @@ class Result:
 async def check(target: Target, pid: int | None, options: argparse.Namespace) -> list[Result]:
     """Runs the cases one after the other. Prints a line of each."""
     watch = Watch(target, pid, options.streams, options.stream_tokens)
-    results = []
+    sender, results = Sender(), []
     try:
         await asyncio.sleep(options.seconds)
         for case in CASES:
             if not options.case or any(word in case.name for word in options.case):
-                result = await _run(case, target, watch, options.seconds)
+                result = await _run(case, target, sender, watch, options.seconds)
                 watch.check()
                 results.append(result)
                 print(_line(result, options.limits), flush=True)
     finally:
+        sender.close()
         await watch.close()
     return results
 
 
-async def _run(case: Case, target: Target, watch: Watch, seconds: float) -> Result:
-    body = case.make_body(BODY_BYTES)
+async def _run(case: Case, target: Target, sender: Sender, watch: Watch, seconds: float) -> Result:
     quiet = time.perf_counter()
     await asyncio.sleep(seconds)
     begin = time.perf_counter()
-    failures, statuses, longest = watch.streams.failures, set(), 0.0
-
-    async def send() -> None:
-        nonlocal longest
-        start = time.perf_counter()
-        status, _ = await target.call("POST", case.path, body)
-        longest = max(longest, time.perf_counter() - start)
-        statuses.add(str(status))
-
+    failures, answers = watch.streams.failures, []
     gaps = watch.streams.gaps
     before = between(gaps, quiet, begin)
     while time.perf_counter() < begin + seconds or len(between(gaps, begin, time.perf_counter())) < MIN_GAPS:
-        await asyncio.gather(*(send() for _ in range(case.at_once)))
+        answers += await sender.send(target, case)
         if time.perf_counter() > begin + 20 * seconds:
             break
     end = time.perf_counter()
@@ -118,8 +110,8 @@ async def _run(case: Case, target: Target, watch: Watch, seconds: float) -> Resu
     kept = await _settled(watch, base) if memory else 0.0
     return Result(
         case=case,
-        statuses=" ".join(sorted(statuses)),
-        seconds=longest,
+        statuses=" ".join(sorted({str(status) for status, _ in answers})),
+        seconds=max(seconds for _, seconds in answers),
         wait=max(between(watch.prober.waits, begin, end + 0.1), default=float("inf")),
         growth=(max(between(watch.memory.samples, begin, end), default=base) - base) / MIB,
         kept=kept,

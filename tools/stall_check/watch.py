@@ -31,7 +31,12 @@ class Streams:
         await asyncio.gather(*(self._stream(i) for i in range(self._count)))
 
     async def _stream(self, number: int) -> None:
-        body = {"prompt": f"Stream {number}", "max_tokens": self._tokens, "ignore_eos": True, "stream": True}
+        body = {
+            "prompt": f"Stream {number}",
+            "max_tokens": self._tokens,
+            "min_tokens": self._tokens,
+            "stream": True,
+        }
         while True:
             last = math.nan
 
