@@ -37,7 +37,7 @@ from jinfer.weight_update import check_update, place
 logger = logging.getLogger(__name__)
 
 COMPILE_THREADS = 4
-NEVER = -math.inf  # log-probability of a token that cannot come
+IMPOSSIBLE = -math.inf  # log-probability of a token that cannot come
 INCOMPLETE = "the engine has no weights and takes no requests until a full update has succeeded"
 
 
@@ -81,8 +81,8 @@ class HostLogprobs(NamedTuple):
     def of(self, at: int, token: int, count: int) -> TokenLogprobs:
         """One position as the API gives it: `count` of the most likely tokens, but for those that cannot come."""
         ids, top = self.top_ids[at][:count], self.top[at][:count]
-        if NEVER in top:
-            given = top.index(NEVER)
+        if IMPOSSIBLE in top:
+            given = top.index(IMPOSSIBLE)
             ids, top = ids[:given], top[:given]
         return TokenLogprobs(token, self.chosen[at], self.rank[at], tuple(ids), tuple(top))
 

@@ -54,7 +54,9 @@ def _lower_priority() -> None:
     """Of this thread, where the system gives threads priorities of their own: the cores are for the steps first."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LARGE_NICENESS)
+            thread = threading.get_native_id()
+            niceness = max(LARGE_NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 class Pace:

@@ -31,6 +31,14 @@ else:
     torch.set_num_threads(2)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-devices",
+        action="store_true",
+        help="compare each configuration of a family on two and on four devices, and not on the one or the other",
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A random-weight Llama with one token per byte; its 32 prompts of tests/oracle have no near ties."""

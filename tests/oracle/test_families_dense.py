@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.families import SETTINGS, check_family
+from tests.support.families import SETTINGS, check_family, settings_of
 
 
 def rope(kind: str = "default", theta: float = 10000.0, **values: Any) -> dict[str, Any]:
@@ -194,5 +194,5 @@ def test_longrope_changes_while_a_sequence_grows(tmp_path):
 @pytest.mark.parametrize(
     ("family", "number"), [(f, i) for f, configs in CASES.items() for i in range(len(configs))]
 )
-def test_family_equals_transformers(family, number, tmp_path):
-    check_family(family, tmp_path, **CASES[family][number])
+def test_family_equals_transformers(family, number, tmp_path, pytestconfig):
+    check_family(family, tmp_path, settings_of(number, pytestconfig), **CASES[family][number])

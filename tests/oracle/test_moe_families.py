@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from jinfer import ConfigError, ModelError, forward, load_params
 from jinfer.weights.mxfp4 import BLOCK, decode_mxfp4
 from tests.support.engines import greedy, run, small_engine
-from tests.support.families import SETTINGS, check_family, clear_model
+from tests.support.families import SETTINGS, check_family, clear_model, settings_of
 from tests.support.models import hf_logits, make_model, random_prompt, relative_error
 
 
@@ -187,8 +187,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("family", "number"), [(f, i) for f, configs in CASES.items() for i in range(len(configs))]
 )
-def test_family_equals_transformers(family, number, tmp_path):
-    check_family(family, tmp_path, **CASES[family][number])
+def test_family_equals_transformers(family, number, tmp_path, pytestconfig):
+    check_family(family, tmp_path, settings_of(number, pytestconfig), **CASES[family][number])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import sys
+import threading
 import time
 
 import pytest
@@ -152,6 +155,38 @@ def test_large_bodies_and_answers_leave_the_event_loop_free(make_client, make_en
             assert line.status in (200, 400)
 
     asyncio.run(run())
+
+
+def test_large_bodies_are_read_in_turns():
+    """One at a time and in the order of asking, however many there are."""
+
+    async def run():
+        pace, order = work.Pace(), []
+
+        async def read(number):
+            for _ in range(3):
+                await pace.turn()
+                order.append(number)
+
+        start = time.monotonic()
+        await asyncio.gather(*(read(i) for i in range(5)))
+        assert order == [*range(5)] * 3
+        assert time.monotonic() - start >= 15 * work.PAUSE_SECONDS
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_large_bodies_are_prepared_at_a_lower_priority(client):
+    def niceness():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def run(large):
+        return await client.state.in_thread(niceness, large=large)
+
+    own = niceness()
+    assert asyncio.run(run(large=True)) == min(19, max(own, work.LARGE_NICENESS))
+    assert asyncio.run(run(large=False)) == own == niceness()
 
 
 def test_sixteen_large_bodies_wait_for_room(make_client, wire, monkeypatch):

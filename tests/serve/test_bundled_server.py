@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from tests.support.server_process import CACHE, ROOT, Process, read_until, serving
+from tools.stall_check.__main__ import main as stall_check
 
 SMALL = ["--max-num-seqs", "4", "--max-num-batched-tokens", "16", "--max-model-len", "256"]
 JINFER = [sys.executable, "-m", "jinfer.serve", "--port", "0", *SMALL, "--compilation-cache-dir", str(CACHE)]
@@ -54,6 +55,15 @@ def test_an_echo_whose_last_character_the_output_completes(jinfer_server):
     ]
     assert answer["text"] == decoded
     assert answer["logprobs"]["text_offset"] == [0, 0, 0, 0]
+
+
+def test_large_requests_and_those_beside_them(jinfer_server, capsys):
+    """A short run of the command. The gaps of streams beside them are for a quiet machine to judge."""
+    cases = [part for name in ("16 prompts", "350,000 keys", "as a chat") for part in ("--case", name)]
+    pid = str(jinfer_server.popen.pid)
+    options = ["--url", jinfer_server.url, "--pid", pid, "--seconds", "0.3", "--stream-tokens", "200"]
+    assert stall_check([*options, *cases, "--max-ratio", "50", "--max-wait", "1"]) == 0, capsys.readouterr()
+    assert "3 of 3 cases within the limits" in capsys.readouterr().out
 
 
 def test_the_engines_figures_reach_the_metrics(jinfer_server):

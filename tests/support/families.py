@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.support.models import make_model, reference
 from tools.verify_model.compare import Expected, Report, Settings, expectations, random_prompts, verify_model
@@ -17,6 +20,17 @@ SETTINGS = Settings(
     threads=2,
     optimization_level=0,
 )
+
+
+def settings_of(number: int, config: pytest.Config) -> Settings:
+    """For a family's configuration of that number: on one device, and on two or four in turn.
+
+    Compiling is nearly all of a test's time. `pytest --all-devices` takes both.
+    """
+    several = (2, 4) if config.getoption("all_devices") else (4 if number % 2 else 2,)
+    return replace(SETTINGS, tensor_parallel_sizes=(*several, 1))
+
+
 # Twice the largest deviation that is allowed, some hundred times what float32 leaves between the two.
 CLEAR_MARGIN = 2e-4
 VARIETY = 12

@@ -173,7 +173,7 @@ def _compare_tokens(
 ) -> list[Check]:
     longest = max(len(one.prompt) for one in expected.values()) + settings.new_tokens
     # Layers are unrolled on one device and scanned on several, and chunks are of two sizes, so that all is seen.
-    loop, chunk = ("unroll", 64) if devices == 1 else ("scan", 32)
+    loop, chunk = ("unroll", 32) if devices == 1 else ("scan", 64)
     options = {
         **ENGINE,
         "max_num_seqs": max(len(expected), 2),
