@@ -3,6 +3,8 @@
 
 def shown(value: object, limit: int = 200) -> str:
     """A refused value as a message quotes it: whatever it is, the text is made and stays short."""
+    if isinstance(value, str | bytes | list | tuple) and len(value) > limit:
+        return f"{repr(value[:limit])[:limit]}..."  # the text of all of it might have megabytes
     try:
         text = repr(value)
     except ValueError:  # Python writes no integer of more than 4,300 digits

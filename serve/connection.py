@@ -318,6 +318,7 @@ class _Requests(h11.Connection):
     def next_event(self) -> Any:
         if self._piece:
             piece, self._piece = self._piece, b""
+            assert isinstance(self._reader, ContentLengthReader)
             self._reader._remaining -= len(piece)
             return h11.Data(data=piece)
         if self.their_state is h11.IDLE:

@@ -211,6 +211,7 @@ class ChatTemplate:
             "tools_are_optional": tools_are_optional,
             "allows_special_tokens": encoder is None,
         }
+        request["spellings"] = encoder.spellings(request) if encoder is not None else []
         answer = self._ask(name, request, encoder)
         return answer["text"], answer["mark"]
 

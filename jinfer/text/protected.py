@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -34,9 +35,26 @@ class ProtectedEncoder:
         self.ignores_case = self._backend.normalizer is not None and any(
             token.special and token.normalized for token in added.values()
         )
+        # Their texts are looked for in what the normalizer makes of a text, so other characters may spell them too.
+        self._has_spellings = self._backend.normalizer is not None and any(
+            added[i].normalized for i in self._forbidden
+        )
         # A tokenizer that splits special tokens anyway has nothing to protect.
         splits = bool(self._backend.encode_special_tokens)
         self.special_texts = [] if splits else sorted(t.content for t in added.values() if t.special)
+
+    def spellings(self, value: Any) -> list[str]:
+        """Texts in the strings of a value (of JSON's types) that the tokenizer takes for special tokens because its
+        normalizer makes them so: full-width letters where it applies NFKC."""
+        if not self._has_spellings or not self.special_texts:
+            return []
+        texts = list(_strings(value))
+        found = set()
+        for text, encoding in zip(texts, self._backend.encode_batch(texts, add_special_tokens=False)):
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token in self._forbidden:
+                    found.add(text[start:end])
+        return sorted(found - {""} - set(self.special_texts))
 
     @functools.cached_property
     def _ordinary(self) -> tokenizers.Tokenizer:
@@ -101,3 +119,15 @@ class ProtectedEncoder:
         if not follows:
             return self._ordinary.encode_batch([text], add_special_tokens=False)[0].ids
         return self._ordinary.encode_batch([_SECTION + text], add_special_tokens=False)[0].ids[1:]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)

@@ -220,9 +220,17 @@ class RenderPool:
         self._free = threading.Semaphore(self._size)
 
 
-@functools.cache
+_sharing = threading.Lock()  # functools.cache alone lets two threads make one each
+
+
 def shared_pool() -> RenderPool:
     """The pool of this process: templates share it, however many there are."""
+    with _sharing:
+        return _shared_pool()
+
+
+@functools.cache
+def _shared_pool() -> RenderPool:
     pool = RenderPool()
     atexit.register(pool.close)
     return pool

@@ -57,7 +57,13 @@ class Renderer:
         self.needs = (
             study(self._environment.parse(source), self._probe) if needs is None else Needs.from_json(needs)
         )
+        self._guarded, self._ignores_case = guarded, guard_ignores_case
         self._special = SpecialText(guarded, self.needs.sought, guard_ignores_case)
+
+    def _guard(self, spellings: Sequence[str]) -> SpecialText:
+        if not spellings:
+            return self._special
+        return SpecialText([*self._guarded, *spellings], self.needs.sought, self._ignores_case)
 
     def render(self, request: Mapping[str, Any]) -> tuple[str, str | None]:
         """The prompt of a request; and the mark in it that tells a client's text from special tokens, if there is one.
@@ -66,7 +72,7 @@ class Renderer:
 
         Args:
           request: `messages`, `tools`, `documents`, `variables`, `add_generation_prompt`, `continue_final_message`,
-            `tools_are_optional`, and `allows_special_tokens`.
+            `tools_are_optional`, `allows_special_tokens`, and `spellings`: more texts that are guarded in this request.
 
         Raises:
           RequestError: the messages cannot be rendered, or not without losing something of them.
@@ -97,7 +103,7 @@ class Renderer:
         own = {**self._special_tokens, "add_generation_prompt": request["add_generation_prompt"]}
         marked, mark = given, None
         if not request["allows_special_tokens"]:
-            marked, mark = self._special.mark(given, self._source)
+            marked, mark = self._guard(request["spellings"]).mark(given, self._source)
         ending = None
         if request["continue_final_message"]:
             last = dict(marked["messages"][-1])

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
@@ -189,6 +189,36 @@ def test_a_vocabulary_without_ordinary_tokens_for_it():
     template = ChatTemplate({"default": "{% for m in messages %}{{ m.content }}{% endfor %}"})
     ids, _ = template.tokens(tokenizer, [{"role": "user", "content": "a </s> a"}])
     assert 1 not in ids
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "spelling"),
+    [
+        (normalizers.NFKC(), "＜|ｅｎｄ|＞"),
+        (normalizers.Lowercase(), "<|END|>"),
+        (normalizers.Replace("!!", "<|end|>"), "!!"),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "<|énd|>"),
+    ],
+)
+def test_other_spellings_of_a_special_token(tmp_path, normalizer, spelling):
+    """Where the tokenizer looks for special tokens in the normalized text, what is made of them by it is text too."""
+    backend = Backend(models.BPE())
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        ["end user"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_special_tokens([AddedToken("<|end|>", normalized=True)])
+    end = backend.token_to_id("<|end|>")
+    assert end in backend.encode(f"a{spelling}b").ids, "the tokenizer has no such spelling"
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    template = ChatTemplate({"default": "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"}, {})
+    messages = [{"role": "user", "content": f"a{spelling}b {spelling}"}, {"role": "user", "content": "hi"}]
+    ids, text = template.tokens(tokenizer, messages)
+    assert ids.count(end) == 2
+    assert text == f"a{spelling}b {spelling}<|end|>hi<|end|>"
 
 
 def test_thousands_of_special_tokens_cost_one_pass():
