@@ -101,8 +101,8 @@ class EngineConfig:
     max_num_seqs: int = option(32, "most sequences running at once", low=1, high=4096)
     max_seqs_per_request: int | None = option(
         None,
-        "most sequences (choices and prompts) of one request that run while other requests run or wait; default: a "
-        "quarter of max_num_seqs in a server, all of them in `LLM`",
+        "most sequences (choices and prompts) of one request that run beside requests with fewer; default: a quarter of "
+        "max_num_seqs in a server, all of them in `LLM`",
         low=1,
         high=4096,
     )

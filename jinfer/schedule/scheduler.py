@@ -61,7 +61,7 @@ class Scheduler:
     pages of their leader; the caller gives leader and forks a `cache_salt` of their own, and cacheable=False to
     every other request.
 
-    max_seqs_per_group: sequences that one group may have running while others have requests, see `shares`; None: all.
+    max_seqs_per_group: sequences that one group may have running beside smaller ones, see `shares`; None: all.
 
     recompute_beyond: a sequence that grows beyond so many tokens is computed anew, since the KV of all its tokens is
     then another, and shares no pages from then on.
@@ -350,8 +350,8 @@ class Scheduler:
         return budget
 
     def _beyond_its_share(self) -> Entry | None:
-        """The next entry of a group that has the engine for itself."""
-        entry = self.shares.next_of_only_group()
+        """An entry for a place that nobody else wants."""
+        entry = self.shares.next_beyond()
         if entry is not None:
             self.queue.push(entry)
         return entry

@@ -5,7 +5,8 @@ runs makes every step longer, so without a bound one request with 64 choices wou
 and take every slot from those who come next.
 
 What a group has beyond its share is held back. A held-back entry comes into the queue when one of its group ends, or
-when nobody else has a request. Its group's others run meanwhile, so it waits for nobody but them.
+into a place that is free while no group has less than its share: one group alone, or several that all want more. Its
+group's others run meanwhile, so it waits for nobody but them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Share:
 
 
 class Shares:
-    """most: sequences that one group may have active while there is another group."""
+    """most: sequences that one group may have active while another has no more than that."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -72,12 +73,13 @@ class Shares:
         share.num_active -= 1
         return self._release(share) if share.num_active < self.most else None
 
-    def next_of_only_group(self) -> Entry | None:
-        """One that may enter the queue beyond its group's share, for there is no other group."""
-        if len(self._of) != 1:
+    def next_beyond(self) -> Entry | None:
+        """One that may enter the queue beyond its group's share: every group wants more than that, so no stream of
+        another kind is slowed down. It is of the group that has the fewest active."""
+        if not all(share.held_back for share in self._of.values()):
             return None
-        (share,) = self._of.values()
-        return self._release(share)
+        share = min(self._of.values(), key=lambda share: share.num_active, default=None)
+        return None if share is None else self._release(share)
 
     def _release(self, share: Share) -> Entry | None:
         entry = next(iter(share.held_back), None)

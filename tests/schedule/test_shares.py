@@ -71,6 +71,20 @@ def test_a_group_takes_every_place_when_the_others_have_ended(make_scheduler, ma
     assert sum(map(is_running, many)) == 6
 
 
+def test_groups_that_all_want_more_divide_every_place(make_scheduler, make_request, step, add_group):
+    s = make_scheduler(**SIX)
+    one, two = add_group(s, "one", 9, forks=False, max_tokens=5), add_group(s, "two", 9, max_tokens=9)
+    step(s)
+    assert (sum(map(is_running, one)), sum(map(is_running, two))) == (3, 3)
+    small = make_request(3, max_tokens=60)
+    s.add(small)
+    while sum(r.finished for r in one) < 3:
+        step(s)
+    step(s)
+    assert is_running(small)
+    assert sum(map(is_running, one)) == 2
+
+
 def test_who_comes_later_has_a_place_at_once(make_scheduler, make_request, step, add_group):
     s = make_scheduler(**SIX)
     s.add(make_request(3, max_tokens=60))
