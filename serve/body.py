@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 SMALL_BODY = 16 * 1024  # bytes that take less than a millisecond to parse, whatever they are
 LARGE_BODY = 64 * 1024  # beyond, a body needs room, and waits behind others of its kind
+PACED_BYTES = 32 * 1024  # of a large body for each turn at reading; smaller pieces take no turns from others
 ROOM_SECONDS = 20.0  # how long a body waits for room
 
 
@@ -87,7 +88,7 @@ async def _read(
     reserved = announced.isdecimal() and int(announced) > LARGE_BODY
     if reserved:
         await reserve(int(announced))
-    chunks, size = [], 0
+    chunks, size, unpaced = [], 0, 0
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
             async for chunk in request.stream():
@@ -96,7 +97,9 @@ async def _read(
                 if size > LARGE_BODY and not reserved:  # of a length that nobody announced
                     reserved = True
                     await reserve(most)
-                if size > LARGE_BODY:
+                unpaced += len(chunk)
+                if size > LARGE_BODY and unpaced >= PACED_BYTES:
+                    unpaced = 0
                     await pace.turn()
     except TimeoutError:
         raise APIError(
