@@ -1,6 +1,8 @@
 """Settings for every test: a CPU with 8 virtual devices, strict dtypes, no hub, one compile cache."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before jax and huggingface_hub are imported: both read their environment once. Subprocesses inherit these.
@@ -9,8 +11,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jax
-import pytest
+# Most of a test's time is compiling, and what is not optimized computes the same. The steps of an engine are compiled as
+# its own options say, see `jinfer.programs.compiler_options`.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it too
+    quick = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"}
+    probe = [sys.executable, "-c", "import jax; jax.devices()"]
+    # XLA ends a process with a flag that its version does not know.
+    if subprocess.run(probe, env=quick, capture_output=True).returncode == 0:
+        os.environ.update(quick)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax-tests"
 

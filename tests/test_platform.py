@@ -41,7 +41,7 @@ import sys
 import jax
 from jinfer import LLM, SamplingParams, load_params
 folder, cache = sys.argv[1:]
-options = {"tensor_parallel_size": 2, "compilation_cache_dir": cache}
+options = {"tensor_parallel_size": 2, "compilation_cache_dir": cache, "optimization_level": 0}
 params = load_params(folder, **options)
 llm = LLM(folder, warmup=False, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=64, **options)
 print(len(jax.devices()), *llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=4))[0].token_ids)

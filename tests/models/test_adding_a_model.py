@@ -15,7 +15,7 @@ from tests.support.models import make_model
 from tools.verify_model.compare import Settings, verify_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "adding-a-model.md"
-SETTINGS = Settings(prompt_lengths=(20,), new_tokens=6)
+SETTINGS = Settings(prompt_lengths=(20,), new_tokens=6, optimization_level=0)
 IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 
 
