@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -220,20 +219,15 @@ class RenderPool:
         self._free = threading.Semaphore(self._size)
 
 
-_sharing = threading.Lock()  # functools.cache alone lets two threads make one each
+# Made here: two threads at the first use would make two, and a lock would stay taken where a signal handler raises just
+# after it is. It starts no process before it is asked.
+_SHARED = RenderPool()
+atexit.register(_SHARED.close)
 
 
 def shared_pool() -> RenderPool:
     """The pool of this process: templates share it, however many there are."""
-    with _sharing:
-        return _shared_pool()
-
-
-@functools.cache
-def _shared_pool() -> RenderPool:
-    pool = RenderPool()
-    atexit.register(pool.close)
-    return pool
+    return _SHARED
 
 
 def _wait_for(waits: Callable[[float], bool], seconds: float) -> bool:
