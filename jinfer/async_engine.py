@@ -305,7 +305,7 @@ class AsyncEngine:
 
     def _forget(self, engine: Engine, request_id: str, stream: _Stream) -> None:
         if self._streams.get(request_id) is stream:
-            # Silently: the id may be in use again before the next step tells of ends.
+            # Silently: the id may be in use again before the next step reports the ends.
             engine.abort(request_id, silent=True)
             del self._streams[request_id]
 

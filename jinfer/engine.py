@@ -84,7 +84,7 @@ class Engine:
         )
         self._streams: dict[Request, OutputStream] = {}
         self._pending: StepHandle | None = None
-        self._ended: list[OutputDelta] = []  # ends that no step caused: told by the next step
+        self._ended: list[OutputDelta] = []  # ends that no step caused: reported by the next step
         self._counters = Counters()
         self._cache_config = describe_cache(config, self.kv_plan, str(self.runner.cache_dtype))
         loaded = time.monotonic()
@@ -275,7 +275,7 @@ class Engine:
         except BaseException:
             # Pages that a lost step was to fill must not be found by those who come later.
             self.scheduler.reset_prefix_cache()
-            # The scheduler has ended these already, so no abort finds them: the next step tells of their end.
+            # The scheduler has ended these already, so no abort finds them: the next step reports their end.
             for request in [r for r in self._streams if r.finished]:
                 self._fail(request, "the step that ended it failed, and its last tokens are lost")
             if self.runner.lost_state():

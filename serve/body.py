@@ -47,8 +47,7 @@ async def prepare_body(
             wait = min(ROOM_SECONDS, max(0.0, deadline - time.monotonic()))
             await stack.enter_async_context(state.room.reserved(size, wait))
 
-        chunks = await _read(request, deadline, reserve, state.pace, state.config.max_body_bytes)
-        size = sum(map(len, chunks))
+        chunks, size = await _read(request, deadline, reserve, state.pace, state.config.max_body_bytes)
         if size <= SMALL_BODY:
             body = _parse(b"".join(chunks))
             if is_quick(body):
@@ -79,8 +78,8 @@ def _check_type(request: Request) -> None:
 
 async def _read(
     request: Request, deadline: float, reserve: Callable[[int], Awaitable[None]], pace: Pace, most: int
-) -> list[bytes]:
-    """The body as it came; room for more than LARGE_BODY is reserved first.
+) -> tuple[list[bytes], int]:
+    """The body as it came, and its size in bytes; room for more than LARGE_BODY is reserved first.
 
     Not request.body(): that would be kept for as long as the answer takes.
     """
@@ -105,7 +104,7 @@ async def _read(
         raise APIError(
             408, "the body did not arrive in time", code="request_timeout", headers={"connection": "close"}
         ) from None
-    return chunks
+    return chunks, size
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -27,8 +27,8 @@ step an attention kernel may read and write pages in any order.
 
 Nothing starves: the queue is kept by (class, arrival), its head blocks everything behind it, and the running
 request that is first in that order is never preempted for another, so it ends, and so does the next. What a group has
-beyond its share (`shares`) stays out of the queue until another of the group ends. (Under `priority` a steady stream
-of urgent requests does hold back the others: that is what was asked for.)
+beyond its share (`shares`) stays out of the queue until another of the group ends or a place is free that nobody else
+wants. (Under `priority` a steady stream of urgent requests does hold back the others: that is what was asked for.)
 """
 
 from __future__ import annotations
