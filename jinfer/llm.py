@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -236,17 +236,17 @@ class LLM:
             for request_id, text, prompt, p in zip(ids, texts, prompts, params, strict=True)
         }
         waiting = list(zip(ids, prompts, params, priorities, strict=True))[::-1]
-        bar = tqdm(total=len(ids), unit=unit, disable=not use_tqdm or len(ids) < PROGRESS_FROM)
+        shown = use_tqdm and len(ids) >= PROGRESS_FROM
         with own_settings(), held_signals() as signals, self._turn(signals):
             self._abandon()
             self._left_over = ids
             try:
-                with bar:
+                with _progress(len(ids), unit, shown) as advance:
                     self._feed(waiting, pooling, prompt_only)
                     while self.engine.has_unfinished:
                         for delta in self.engine.step():
                             if delta.request_id in results and results[delta.request_id].add(delta):
-                                bar.update()
+                                advance()
                         signals.deliver()
                         self._feed(waiting, pooling, prompt_only)
             finally:
@@ -317,6 +317,28 @@ class LLM:
             self.engine.add_request(
                 request_id, prompt, params, pooling=pooling, prompt_only=prompt_only, priority=priority
             )
+
+
+@contextlib.contextmanager
+def _progress(total: int, unit: str, shown: bool) -> Iterator[Callable[[], None]]:
+    """Yields what moves a progress bar by one.
+
+    The bar ends with the block and not with the frames that know it: Python drops what a signal handler raises
+    within a finalizer, and a bar has one.
+    """
+    if not shown:
+        yield lambda: None
+        return
+    bar = tqdm(total=total, unit=unit)
+
+    def advance() -> None:
+        bar.update()
+
+    try:
+        yield advance
+    finally:
+        bar.close()
+        del bar
 
 
 class _Result:

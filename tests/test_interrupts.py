@@ -1,5 +1,6 @@
 """Ctrl-C and alarms at any time, faults in a step, and several threads: the engine goes on as if nothing had been."""
 
+import contextlib
 import random
 import signal
 import threading
@@ -7,6 +8,7 @@ import time
 
 import jax
 import pytest
+from tqdm import tqdm
 
 from jinfer import RequestError
 from jinfer.interrupts import held_signals, uninterrupted
@@ -81,6 +83,33 @@ def test_an_engine_used_by_hand_is_not_interrupted_within_a_step(warm_llm, expec
         check_idle(engine)
     assert hits >= 10
     assert CALLS["generate"](warm_llm) == expected["generate"]
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_progress_bar_is_gone_before_signals_are_handled_again(
+    warm_llm, expected, monkeypatch, alarm, interrupt
+):
+    """Python drops what a handler raises within a finalizer: the interrupt would be lost."""
+    handlers, step = [], warm_llm.engine.step
+
+    class Bar(tqdm):
+        def __del__(self):
+            handlers.append(signal.getsignal(signal.SIGALRM))
+            super().__del__()
+
+    def stepping():
+        if interrupt:
+            signal.raise_signal(signal.SIGALRM)
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jinfer.llm.tqdm", Bar)
+        patch.setattr(warm_llm.engine, "step", stepping)
+        with pytest.raises(Alarm) if interrupt else contextlib.nullcontext():
+            warm_llm.generate(PROMPTS[:1] * 8, greedy(1))
+    assert len(handlers) == 1
+    assert handlers[0] is not ring
+    check_idle(warm_llm.engine)
 
 
 # Faults that no holding back prevents
