@@ -29,6 +29,9 @@ from pallas_kernels import paged_attention as pa
 # EFFORT_O0 to EFFORT_O3 in XLA's compiler options.
 XLA_EFFORT = (9, 19, 29, 39)
 NO_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
+REMEMBERED = 32  # programs of some 10 MB each
+
+_remembered: dict[Any, Any] = {}  # the last used at the end
 
 logger = logging.getLogger(__name__)
 
@@ -172,3 +175,26 @@ class StepPrograms:
         return lowered.compile(
             compiler_options=compiler_options(self.config.optimization_level, is_cpu=self.is_cpu)
         )
+
+    def _key(self, shape: StepShape) -> Any:
+        settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64  # pyright: ignore
+        level = self.config.optimization_level
+        return self.spec, self.mesh, self.kv_plan, self.config.max_num_seqs, shape, level, settings
+
+    def recall(self, shape: StepShape) -> Any:
+        """The executable that an engine of this process made before for the same step, or None.
+
+        Whoever makes an engine again, in a notebook or for another checkpoint of the same shape, neither traces nor
+        loads its programs a second time.
+        """
+        key = self._key(shape)
+        program = _remembered.pop(key, None)
+        if program is not None:
+            _remembered[key] = program
+        return program
+
+    def remember(self, shape: StepShape, program: Any) -> None:
+        """Keeps an executable for the engines after this one, and drops the one that was not used for longest."""
+        _remembered[self._key(shape)] = program
+        for key in list(_remembered)[:-REMEMBERED]:
+            _remembered.pop(key, None)

@@ -143,12 +143,13 @@ class Runner:
         """Compiles every step; returns the seconds it took."""
         start = time.monotonic()
         programs = self.programs
+        self._recall(programs.all_shapes())
         missing = [s for s in programs.all_shapes() if s not in self._compiled]
         # Tracing holds the interpreter's lock, compiling does not: the pool compiles what is traced so far.
         with ThreadPoolExecutor(max_workers=COMPILE_THREADS) as pool:
             futures = [(s, pool.submit(programs.compile, programs.lower(s))) for s in missing]
             for shape, future in futures:
-                self._compiled[shape] = future.result()
+                self._keep(shape, future.result())
         self.slots = self._load_tables(self.slots, jnp.int32(0), self._empty_tables())
         tables = self._write_pages(self.slots.page_tables, *self._page_entries([]))
         self.slots = replace(self.slots, page_tables=tables)
@@ -161,9 +162,21 @@ class Runner:
             if self.config.warmup:
                 self.recompiles += 1
                 logger.warning("compiling step %s while serving: this is a bug, please report it", shape)
-            with self.preparing():
-                program = self._compiled[shape] = self.programs.compile(self.programs.lower(shape))
+            self._recall([shape])
+            if shape not in self._compiled:
+                with self.preparing():
+                    self._keep(shape, self.programs.compile(self.programs.lower(shape)))
+            program = self._compiled[shape]
         return program
+
+    def _recall(self, shapes: list[StepShape]) -> None:
+        for shape in shapes:
+            if shape not in self._compiled and (program := self.programs.recall(shape)) is not None:
+                self._compiled[shape] = program
+
+    def _keep(self, shape: StepShape, program: Any) -> None:
+        self._compiled[shape] = program
+        self.programs.remember(shape, program)
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:

@@ -47,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-devices",
         action="store_true",
-        help="compare each configuration of a family on two and on four devices, and not on the one or the other",
+        help="compare each configuration of a family on one, two and four devices, and not on one of these in turn",
     )
 
 

@@ -1,7 +1,8 @@
 """Dense families against transformers: random weights, odd sizes, every option that a family has.
 
-Each model is compared in logits per position and in greedy tokens of three prompts: alone, together, in chunks of 64,
-with cached prefixes, and over 2 and 4 devices.
+Each model is compared in logits per position and in greedy tokens of three prompts, in chunks of several pages, together
+and with cached prefixes: of each family one configuration on one device, where each prompt runs alone too, one on two and
+one on four devices.
 """
 
 from dataclasses import replace

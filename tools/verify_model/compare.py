@@ -116,7 +116,8 @@ def verify_model(
     expected: Mapping[str, Expected] | None = None,
 ) -> Report:
     """Compares a model folder in jinfer with transformers: logits per position of the longest prompt, then greedy
-    tokens of each prompt alone, of all together with their prefixes cached, and of all together on several devices.
+    tokens of each prompt alone, and of all together with their prefixes cached; on several devices of all together,
+    at first and with their prefixes cached.
 
     Args:
       reference, expected: if they were made before.
@@ -173,7 +174,7 @@ def _compare_tokens(
 ) -> list[Check]:
     longest = max(len(one.prompt) for one in expected.values()) + settings.new_tokens
     # Layers are unrolled on one device and scanned on several, and chunks are of two sizes, so that all is seen.
-    loop, chunk = ("unroll", 32) if devices == 1 else ("scan", 64)
+    loop, chunk = ("unroll", 16) if devices == 1 else ("scan", 32)
     options = {
         **ENGINE,
         "max_num_seqs": max(len(expected), 2),
@@ -188,16 +189,18 @@ def _compare_tokens(
     engine = Engine(EngineConfig(model=str(folder), **options))
     # The longest first: the others then join its last chunk, and all end in the same step, in few programs.
     together = dict(sorted(expected.items(), key=lambda item: -len(item[1].prompt)))
-    if devices > 1:
-        return _compare_run(engine, together, f"together on {devices} devices", settings)[0]
+    where = f" on {devices} devices" if devices > 1 else ""
     checks: list[Check] = []
-    for name, one in expected.items():
-        checks += _compare_run(engine, {name: one}, "alone", settings)[0]
-    more, cached = _compare_run(engine, together, "together, prefixes cached", settings)
+    if devices > 1:
+        checks += _compare_run(engine, together, f"together{where}", settings)[0]
+    else:
+        for name, one in expected.items():
+            checks += _compare_run(engine, {name: one}, "alone", settings)[0]
+    more, cached = _compare_run(engine, together, f"together, prefixes cached{where}", settings)
     checks += more
     pages = (max(len(one.prompt) for one in expected.values()) - 1) // options["block_size"]
     if pages and engine.model_config.fixed_angles_length is None:
-        checks.append(Check("prefix cache", cached > 0, f"{cached} prompt tokens were found in it"))
+        checks.append(Check(f"prefix cache{where}", cached > 0, f"{cached} prompt tokens were found in it"))
     return checks
 
 
