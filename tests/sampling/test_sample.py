@@ -3,6 +3,7 @@
 Requests go through the host's packing too, and all cases share one batch: rows must not disturb each other.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,8 @@ class Rows:
         return _draw(logits, self.fields, self.tables, self.slots, positions)
 
 
-@jax.jit
+# Some hundred thousand draws take longer than compiling them well.
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
 def _draw(logits, fields, tables, slots, position):
     rows = row_params(fields, jnp.ones(fields.shape[0], bool), position)
     history, bias_ids, bias, end_ids = tables

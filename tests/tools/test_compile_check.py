@@ -42,16 +42,19 @@ def rows_of(text: str, *first: str) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
-def test_llama_3_8b_compiles_for_v6e_and_updates_kv_in_place():
-    result = run("step", "--model", "llama-3-8b", "--target", "v6e", "--tensor-parallel-size", "4")
+def test_llama_3_8b_compiles_for_v6e_and_updates_kv_in_place(tmp_path):
+    """A quarter of its layers, all as wide as they are: compiling all 32 takes four times as long and says the same."""
+    config = json.loads((ROOT / "configs/models/llama-3-8b/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 8}))
+    result = run("step", "--model", str(tmp_path), "--target", "v6e", "--tensor-parallel-size", "4")
     assert result.returncode == 0, result.stderr[-2000:]
     rows = rows_of(result.stdout, "decode", "mixed")
     assert [row[0] for row in rows] == ["decode[64]", "mixed[512]"]
     for _, _, arguments, kv, aliased, temporaries in rows:
-        # A quarter of 64 rows of 2048 tokens: 2 * 32 layers * 8 heads * 128 * 2 bytes a token.
-        assert float(kv) == pytest.approx(64 * 2048 * 131072 / 4 / 1024**3, rel=0.01)
+        # A quarter of 64 rows of 2048 tokens: 2 * 8 layers * 8 heads * 128 * 2 bytes a token.
+        assert float(kv) == pytest.approx(64 * 2048 * 32768 / 4 / 1024**3, rel=0.01)
         assert float(aliased) >= float(kv)
-        assert float(arguments) < 8
+        assert float(arguments) < 2.5
         # The logits of 64 rows are 8.2 MB of it.
         assert 0 < float(temporaries) < 16
 
