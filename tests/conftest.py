@@ -1,6 +1,7 @@
 """Settings for every test: a CPU with 8 virtual devices, strict dtypes, no hub, one compile cache."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,10 @@ CACHE.mkdir(parents=True, exist_ok=True)
 CACHE.chmod(0o700)  # servers that tests start use it too, and refuse one that others could write to
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Python leaves SIGINT ignored where it was, as in a shell's background job, and tests interrupt themselves.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import torch

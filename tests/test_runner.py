@@ -72,6 +72,34 @@ def test_warmup_compiles_every_program(tiny_llama):
     assert set(engine.runner._compiled) == set(engine.runner.programs.all_shapes())
 
 
+def test_an_engine_like_one_before_traces_and_compiles_nothing(tiny_llama, monkeypatch):
+    def lowered(*_):
+        raise AssertionError("traced again")
+
+    options = {"max_num_seqs": 1, "max_model_len": 72, "warmup": True}
+    first = run_one(small_engine(tiny_llama, **options), PROMPT, greedy(8))
+    with monkeypatch.context() as patch:
+        patch.setattr(programs.StepPrograms, "lower", lowered)
+        assert run_one(small_engine(tiny_llama, **options), PROMPT, greedy(8)).token_ids == first.token_ids
+        # Anything that a program depends on makes it another one.
+        for other in ({"max_model_len": 80}, {"optimization_level": 1}, {"layer_loop": "scan"}):
+            with pytest.raises(AssertionError, match="traced again"):
+                small_engine(tiny_llama, **options | other)
+        with jax.default_matmul_precision("bfloat16"), pytest.raises(AssertionError, match="traced again"):
+            small_engine(tiny_llama, **options)
+
+
+def test_programs_used_longest_ago_are_forgotten(tiny_llama, monkeypatch):
+    monkeypatch.setattr(programs, "_remembered", {})
+    monkeypatch.setattr(programs, "REMEMBERED", 3)
+    for length in (72, 80, 72):
+        small_engine(tiny_llama, max_num_seqs=1, max_model_len=length, warmup=True)
+    assert len(programs._remembered) == 3
+    lengths = {plan.max_model_len for _, _, plan, *_ in programs._remembered}
+    assert lengths == {72, 80}
+    assert list(programs._remembered)[-1][2].max_model_len == 72
+
+
 @pytest.mark.parametrize("is_cpu", [True, False])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (3, 17), (32, 512), (256, 8192), (100, 100)])
 def test_step_sizes_reach_the_limits_in_bounded_number(rows, tokens, is_cpu):
