@@ -93,7 +93,8 @@ class EngineConfig:
     generation_config: str = option(
         "auto",
         "defaults of requests (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens): 'auto': of the "
-        "model's generation_config.json; 'vllm': none; or a folder that has such a file. What a request says goes first",
+        "model's generation_config.json; 'vllm': none; or a folder that has such a file. A request's own fields override "
+        "them",
     )
     max_model_len: int | None = option(
         None, "longest prompt plus output in tokens; default: the model's own limit", low=2, high=2**24

@@ -42,7 +42,7 @@ def generation_defaults(choice: str, model_folder: Path) -> dict[str, Any]:
         SamplingParams(**defaults)
     except RequestError as error:
         raise ModelError(
-            f"{FILE} of {model_folder if choice == AUTO else choice}: {error}. Mend it, or start with "
+            f"{FILE} of {model_folder if choice == AUTO else choice}: {error}. Correct it, or start with "
             f"--generation-config {NONE} to leave it out"
         ) from error
     return defaults
@@ -68,7 +68,9 @@ def _read(choice: str, model_folder: Path) -> dict[str, Any]:
             "that has one"
         ) from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}): mend it or download it again") from error
+        raise ModelError(
+            f"{file} cannot be read as JSON ({error}): correct it or download it again"
+        ) from error
     if not isinstance(values, dict):
         raise ModelError(f"{file} holds a {type(values).__name__}, expected a JSON object")
     return values

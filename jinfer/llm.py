@@ -258,14 +258,14 @@ class LLM:
         """The engine, for the caller alone; waits for the other threads' calls.
 
         Raises:
-          RequestError: this thread is in the midst of another call.
+          RequestError: this thread is in the middle of another call.
         """
         while not self._lock.acquire(timeout=SIGNAL_SECONDS):
             signals.deliver()
         try:
             if self._in_use:
                 raise RequestError(
-                    "this LLM is in the midst of another call of the same thread: call it when that one has returned, "
+                    "this LLM is in the middle of another call of the same thread: call it when that one has returned, "
                     "and not from a signal handler or callback"
                 )
             self._in_use = True
@@ -357,7 +357,7 @@ class _Result:
     def add(self, delta: OutputDelta) -> bool:
         """True if this delta ended the request."""
         choice = self.choices[delta.index]
-        self.weights_version = delta.weights_version  # no update comes in the midst of a batch
+        self.weights_version = delta.weights_version  # no update comes in the middle of a batch
         choice.token_ids.extend(delta.token_ids)
         self.texts[delta.index].append(delta.text)
         if delta.logprobs is not None:

@@ -53,7 +53,7 @@ def _compile_cache_folder(given: str | None) -> str | None:
         if folder is None:
             logger.warning(
                 "no compile cache: neither the user's cache nor the folder for temporary files can be written, so "
-                "each start compiles anew; name a folder with compilation_cache_dir"
+                "each start compiles again; name a folder with compilation_cache_dir"
             )
         return None if folder is None else str(folder)
     if "://" in given:
@@ -61,7 +61,7 @@ def _compile_cache_folder(given: str | None) -> str | None:
     try:
         return str(userfiles.make_folder(Path(given)))
     except OSError as error:
-        logger.warning("no compile cache, each start compiles anew: %s", error)
+        logger.warning("no compile cache, each start compiles again: %s", error)
         return None
 
 

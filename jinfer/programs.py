@@ -184,8 +184,8 @@ class StepPrograms:
     def recall(self, shape: StepShape) -> Any:
         """The executable that an engine of this process made before for the same step, or None.
 
-        Whoever makes an engine again, in a notebook or for another checkpoint of the same shape, neither traces nor
-        loads its programs a second time.
+        An engine that is made again, in a notebook or for another checkpoint of the same shape, neither traces nor loads
+        its programs a second time.
         """
         key = self._key(shape)
         program = _remembered.pop(key, None)
@@ -194,7 +194,10 @@ class StepPrograms:
         return program
 
     def remember(self, shape: StepShape, program: Any) -> None:
-        """Keeps an executable for the engines after this one, and drops the one that was not used for longest."""
+        """Keeps an executable for the engines after this one, and drops the one that was not used for longest. Only on
+        CPU: elsewhere it takes memory of the device, which the next model may need."""
+        if not self.is_cpu:
+            return
         _remembered[self._key(shape)] = program
         for key in list(_remembered)[:-REMEMBERED]:
             _remembered.pop(key, None)

@@ -22,10 +22,9 @@ MAX_OPEN_FILES = 2**20  # some systems allow a billion, and then some libraries 
 SPARE_FILES = 96  # what the engine, its caches and the log may open besides
 DEFAULT_CONNECTIONS = 16384
 MIN_CONNECTIONS = 8
-ACCEPT_BATCH = (
-    512  # taken before others get their turn; what waits in the system's queue when it is full is delayed
-)
-# by seconds, for its peer repeats a packet that was dropped
+# Taken before others get their turn. What comes while the system's queue is full is delayed by seconds: its peer repeats
+# a packet that was dropped.
+ACCEPT_BATCH = 512
 EVICT_BATCH = 32  # of these, those that take another's place: its file is free only when they have been taken
 PAUSE_SECONDS = 0.5  # without a file for the next connection and without one to close
 LOG_SECONDS = 10.0  # between two lines about refused connections

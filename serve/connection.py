@@ -108,8 +108,10 @@ class ApiProtocol(H11Protocol):
         write with a reset. So an interim response goes out, which HTTP/1.1 clients skip, and the socket's error is
         looked at from time to time. Returns whether the connection stays open.
         """
-        if self._phase is not Phase.ANSWER:
-            return False  # no whole request to answer, or nothing left but bytes that `close` sends first
+        if self._phase is not Phase.ANSWER or self.transport.get_extra_info("ssl_object") is not None:
+            # No whole request to answer, or nothing left but bytes that `close` sends first. And TLS as asyncio has it
+            # knows no side that is closed alone.
+            return False
         if not self._half_closed:
             self._half_closed = True
             if not self.cycle.response_started and self.conn.their_http_version == b"1.1":

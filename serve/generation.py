@@ -128,6 +128,13 @@ class Generation:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def _drop(self, except_for: int) -> None:
+        """Ends the other prompts, and lets go of what nobody has read: the reader may be a long time coming."""
+        self._ready, self._num_ready = [], 0
+        for index, task in enumerate(self._tasks):
+            if index != except_for:
+                task.cancel()
+
     async def _pump(self, index: int, prompt: Sequence[int], request_id: str) -> None:
         job = self._job
         try:
@@ -150,6 +157,7 @@ class Generation:
                     self._ready.append((index, delta))
                     self._num_ready += DELTA_VALUES + len(delta.token_ids) * job.values_per_token
                     if self._num_ready > MAX_READY:
+                        self._drop(except_for=index)
                         raise APIError(
                             503,
                             "the answer was not read while it was generated, and the server keeps no more of it: read "

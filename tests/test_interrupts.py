@@ -194,7 +194,7 @@ def test_a_call_from_within_a_call_is_refused(warm_llm, expected, monkeypatch, a
 
     def again(*_):
         for call in (lambda: CALLS["score"](warm_llm), lambda: warm_llm.update_weights({})):
-            with pytest.raises(RequestError, match="in the midst of another call of the same thread"):
+            with pytest.raises(RequestError, match="in the middle of another call of the same thread"):
                 call()
             refused.append(call)
 

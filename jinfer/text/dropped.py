@@ -115,13 +115,21 @@ class _Marked:
         if isinstance(function, dict):
             return {**call, "function": self._call(function, where, message)}
         arguments: Any = call.get("arguments")
-        words = arguments if isinstance(arguments, str) else str(call.get("name", ""))
-        self.leaves.append(_Leaf(where, words, "call", message))
-        mark = self._mark(len(self.leaves) - 1)
+        mark = self._mark(len(self.leaves))
         if isinstance(arguments, str):
+            self.leaves.append(_Leaf(where, arguments, "call", message))
             return {**call, "arguments": self._in_json_text(arguments, mark)}
-        marked = [*arguments, mark] if isinstance(arguments, list) else {**arguments, mark: mark}
-        return {**call, "arguments": marked}
+        # The name would say nothing of the arguments: it stands among the tools too.
+        values = arguments if isinstance(arguments, list) else list(arguments.values())
+        words = max((v.strip() for v in values if isinstance(v, str)), key=len, default="")
+        self.leaves.append(_Leaf(where, words, "call", message))
+        if isinstance(arguments, list):
+            return {**call, "arguments": [*arguments, mark]}
+        if not arguments:
+            return {**call, "name": str(call.get("name", "")) + mark, "arguments": {mark: mark}}
+        # In the values too: a template may show those that it knows.
+        shown = {k: v + mark if isinstance(v, str) and v.strip() else v for k, v in arguments.items()}
+        return {**call, "arguments": {**shown, mark: mark}}
 
     @staticmethod
     def _in_json_text(text: str, mark: str) -> str:

@@ -109,7 +109,7 @@ def _fit_message(message: Any, where: str, needs: Needs) -> Message:
             raise refused(f"{where}.{name} is {kind(value)}: expected a string")
     if "tool_calls" in fitted:
         fitted["tool_calls"] = _tool_calls(fitted["tool_calls"], where, needs)
-    _fit_content(message.get("content"), fitted, where, needs)
+    _fit_content(message, fitted, where, needs)
     _fit_reasoning(message, fitted, where, needs)
     return fitted
 
@@ -123,8 +123,8 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _fit_content(content: Any, fitted: Message, where: str, needs: Needs) -> None:
-    role = fitted["role"]
+def _fit_content(message: Message, fitted: Message, where: str, needs: Needs) -> None:
+    role, content = fitted["role"], message.get("content")
     if isinstance(content, list) and content:
         parts = [_fit_part(part, f"{where}.content[{i}]", role, needs) for i, part in enumerate(content)]
         if role in needs.takes_parts:
@@ -132,7 +132,9 @@ def _fit_content(content: Any, fitted: Message, where: str, needs: Needs) -> Non
             return
         content = "\n".join(part["text"] for part in parts)
     elif content is None or content == []:
-        if content is None and "tool_calls" not in fitted and role in ROLES:
+        # A turn of thoughts alone is one that was cut off by its length.
+        may_lack = "tool_calls" in fitted or any(not _is_empty(message.get(f)) for f in REASONING_FIELDS)
+        if content is None and not may_lack and role in ROLES:
             raise refused(f"{where}.content is missing: expected a string or a list of text parts")
         content = ""
     elif not isinstance(content, str):
@@ -179,6 +181,9 @@ def _fit_reasoning(message: Message, fitted: Message, where: str, needs: Needs) 
     if not given:
         return
     name, reasoning = given[0]
+    for other, words in given[1:]:
+        if words != reasoning:
+            raise refused(f"{where}.{name} and {where}.{other} say different things: send one of them")
     if needs.reasoning_part and fitted["role"] == "assistant":
         content = fitted.get("content") or []
         rest = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -1,6 +1,7 @@
 """What grows with a request has a bound that is checked before work is done, and leaves the event loop free."""
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -306,6 +307,8 @@ def test_a_stream_that_nobody_reads_is_ended(client, engine, wire, monkeypatch):
         async with asyncio.timeout(10):
             while engine.running:
                 await asyncio.sleep(0.01)
+        (kept,) = [g for g in gc.get_objects() if type(g) is generation.Generation]
+        assert not kept._ready, "what nobody has read is not kept"
         may_go.set()
         await asyncio.wait_for(task, 10)
         assert b"slow_reader" in line.data

@@ -616,6 +616,25 @@ def test_https(certificate, reply):
     run(test())
 
 
+def test_a_client_that_leaves_over_https_ends_its_request(certificate, caplog):
+    cert, key = certificate
+
+    async def test():
+        async with running(ssl_certfile=cert, ssl_keyfile=key) as server:
+            server.engine.hold_at = 3
+            line = await server.connect(
+                ssl=ssl.create_default_context(cafile=cert), server_hostname="localhost"
+            )
+            line.request(CHAT, "POST", chat(stream=True, ignore_eos=True, max_tokens=10000))
+            await server.until(lambda: len(server.engine.running) == 1)
+            line.writer.close()
+            await server.until(lambda: not server.engine.running)
+            await server.until(lambda: server.num_open == 0)
+
+    run(test())
+    assert [r for r in caplog.records if r.name == "asyncio" and r.levelno >= logging.WARNING] == []
+
+
 def test_handshakes_make_room(certificate):
     cert, key = certificate
 

@@ -145,3 +145,54 @@ def test_documents_without_tools_where_the_template_goes_through_both():
         PLAIN + "{% if documents %}{% for t in tools %}{{ t }}{% endfor %}{{ documents[0].text }}{% endif %}"
     )
     assert render(source, [user()], documents=[{"text": "words"}]) == "<user>hiwords"
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_current_weather", "description": "a tool", "parameters": {}},
+}
+NAMES = "{{ tools | tojson }}" + LOOP % (
+    "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}"
+)
+# Its arguments have to be an object, and it shows those that it knows.
+KNOWN = LOOP % (
+    "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "[{{ c.function.arguments.items() | length }}{{ c.function.arguments.city }}]{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_the_name_of_a_tool_does_not_stand_for_the_arguments_of_a_call(optional):
+    function = {"name": "get_current_weather", "arguments": '{"city": "Reykjavik"}'}
+    messages = [user(), assistant(None, tool_calls=[called(function)]), user("and now?")]
+    said = refusal(NAMES, messages, tools=[TOOL], tools_are_optional=optional)
+    assert "messages[1].tool_calls[0] would be lost" in said
+
+
+def test_a_call_without_arguments_is_shown_by_its_name():
+    messages = [
+        user(),
+        assistant(None, tool_calls=[called({"name": "get_current_weather", "arguments": "{}"})]),
+    ]
+    assert "[get_current_weather]" in render(NAMES, messages, tools=[TOOL])
+    nameless = NAMES.replace("[{{ c.function.name }}]", "")
+    assert "messages[1].tool_calls[0] would be lost" in refusal(nameless, messages, tools=[TOOL])
+
+
+def test_arguments_that_a_template_knows_are_shown_where_they_stand():
+    function = {"name": "get_current_weather", "arguments": '{"city": "Oslo"}'}
+    assert "[1Oslo]" in render(KNOWN, [user(), assistant(None, tool_calls=[called(function)])])
+
+
+def test_a_turn_of_thoughts_alone_needs_no_content():
+    thought = {"role": "assistant", "reasoning_content": "hm"}
+    for content in ({}, {"content": None}, {"content": ""}):
+        assert render(THINKS, [user(), thought | content, user()]).count("(hm)") == 1
+    assert "content is missing" in refusal(THINKS, [user(), {"role": "assistant", "content": None}])
+
+
+def test_two_fields_of_reasoning_that_differ_are_refused():
+    thought = assistant(reasoning_content="hm", reasoning="hm")
+    assert "(hm)" in render(THINKS, [user(), thought])
+    said = refusal(THINKS, [user(), thought | {"reasoning": "other"}])
+    assert "messages[1].reasoning_content and messages[1].reasoning say different things" in said

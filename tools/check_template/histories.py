@@ -35,7 +35,7 @@ def call(content: Any, number: int = 1, as_text: bool = True, **fields: Any) -> 
     for i in range(1, number + 1):
         arguments: Any = {"city": f"cityword{i}"}
         arguments = json.dumps(arguments) if as_text else arguments
-        function = {"name": "weather", "arguments": arguments}
+        function = {"name": "get_current_weather", "arguments": arguments}
         calls.append({"id": f"abcdefgh{i}", "type": "function", "function": function})
     return {"role": "assistant", "content": content, "tool_calls": calls, **fields}
 
@@ -52,7 +52,7 @@ TOOLS = [
     {
         "type": "function",
         "function": {
-            "name": "weather",
+            "name": "get_current_weather",
             "description": "toolword",
             "parameters": {
                 "type": "object",
@@ -115,7 +115,7 @@ def histories() -> dict[str, History]:
         ),
         "call without arguments": History(
             [user(), _without_arguments(), *answered],
-            ("userword", "weather", "resultword", "finalword", "secondword"),
+            ("userword", "get_current_weather", "resultword", "finalword", "secondword"),
         ),
         "two calls": History(
             [user(), call(None, 2), result("firstresult", 1), result("otherresult", 2), *ending],
@@ -124,7 +124,7 @@ def histories() -> dict[str, History]:
         "result as parts": History(
             [user(), call(None), result(parts("resultword", "partword")), *ending], (*shown, "partword")
         ),
-        "named result": History([user(), call(None), result(name="weather"), *ending], shown),
+        "named result": History([user(), call(None), result(name="get_current_weather"), *ending], shown),
         "empty tool_calls": History(
             [user(), assistant(tool_calls=[]), user("secondword")], ("userword", "answerword", "secondword")
         ),
@@ -197,5 +197,5 @@ def histories() -> dict[str, History]:
 
 
 def _without_arguments() -> dict[str, Any]:
-    function = {"name": "weather"}
+    function = {"name": "get_current_weather"}
     return assistant(None, tool_calls=[{"id": "abcdefgh1", "type": "function", "function": function}])

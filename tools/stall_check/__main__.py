@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", help="only cases with this in their name; may be repeated")
     parser.add_argument("--streams", type=int, default=2, help="steady streams (2)")
     parser.add_argument(
-        "--stream-tokens", type=int, default=900, help="tokens of each before it begins anew (900)"
+        "--stream-tokens", type=int, default=900, help="tokens of each before it starts again (900)"
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="how long each case is repeated (3)")
     parser.add_argument("--max-wait", type=float, default=0.3, help="most seconds for GET /version (0.3)")
