@@ -199,7 +199,8 @@ class Engine:
                 )
                 request.packed = slot_fields(request)
                 self.scheduler.add(request)
-                self._streams[request] = OutputStream.open(request, self.tokenizer)
+                first = None if leader is None else self._streams[leader]
+                self._streams[request] = OutputStream.open(request, self.tokenizer, first)
                 leader = leader or request
         except BaseException as error:
             for request in self.scheduler.abort(request_id):

@@ -24,15 +24,19 @@ class OutputStream:
     error: str | None = None  # what went wrong, with FinishReason.ERROR
 
     @classmethod
-    def open(cls, request: Request, tokenizer: Tokenizer) -> OutputStream:
+    def open(cls, request: Request, tokenizer: Tokenizer, first: OutputStream | None = None) -> OutputStream:
+        """first: of another choice of the same prompt, which has told nothing yet."""
         params = request.params
-        detokenizer = IncrementalDetokenizer(
-            tokenizer,
-            request.prompt_token_ids,
-            skip_special_tokens=params.skip_special_tokens,
-            stop=params.stop,
-            include_stop_str_in_output=params.include_stop_str_in_output,
-        )
+        if first is not None:
+            detokenizer = first.detokenizer.fork()
+        else:
+            detokenizer = IncrementalDetokenizer(
+                tokenizer,
+                request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                stop=params.stop,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+            )
         stream = cls(request, detokenizer, min_length=params.min_tokens)
         if params.prompt_logprobs is not None and request.index == 0:
             stream.prompt_logprobs = [None] * request.num_prompt_tokens

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jinfer import QueueFullError, RequestError, SamplingParams, load_params
+from jinfer.text import IncrementalDetokenizer
 from tests.support.engines import check_idle, collect, greedy, run, run_choices, run_one, small_engine
 from tests.support.models import GROUPED, hf_greedy, make_llama, random_prompt
 
@@ -252,6 +253,20 @@ def test_what_cannot_run_is_refused(engine, prompt, values, message):
     with pytest.raises(RequestError, match=message):
         engine.add_request("bad", prompt, SamplingParams(**values))
     check_idle(engine)
+
+
+def test_choices_of_a_prompt_read_it_once(engine, monkeypatch):
+    opened = []
+
+    class Counted(IncrementalDetokenizer):
+        def __init__(self, *arguments, **options):
+            opened.append(arguments)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("jinfer.outputs.IncrementalDetokenizer", Counted)
+    outputs = run_choices(engine, {"r": (random_prompt(3, 30), greedy(6, n=3))})
+    assert len({output.text for output in outputs.values()}) == 1
+    assert len(opened) == 1
 
 
 def test_an_id_in_use_is_refused_and_its_owner_unharmed(engine):

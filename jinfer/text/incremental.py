@@ -1,5 +1,8 @@
 """Tokens in, text out, while a request runs: whole characters only, and never a part of a stop string."""
 
+from __future__ import annotations
+
+import copy
 from collections.abc import Sequence
 
 from jinfer.text.streams import open_stream
@@ -136,6 +139,14 @@ class IncrementalDetokenizer:
         self._parts: list[str] = []
         self.stopped_by: str | None = None
         self.decoded_length = 0
+
+    def fork(self) -> IncrementalDetokenizer:
+        """The same for another choice of the prompt, which is not read a second time."""
+        other = copy.copy(self)
+        other._stream = self._stream.fork()
+        other._finder = copy.deepcopy(self._finder)
+        other._parts = list(self._parts)
+        return other
 
     @property
     def text(self) -> str:

@@ -5,8 +5,9 @@ in the middle of a text (a leading space, the second half of a character) is kep
 """
 
 import codecs
+import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from jinfer.text.pieces import Kind, Pieces
 from jinfer.text.tokenizer import Tokenizer, clean_up
@@ -16,6 +17,7 @@ _NONE: frozenset[int] = frozenset()
 _UNFINISHED = 3
 # Tokens of context that a decoder unknown to us sees of the prompt.
 _CONTEXT = 8
+_KEPT = 64  # tokens that such a decoder is given again with each further one, at most
 _CLEANED = frozenset(" .?!,'ntmsver")
 
 
@@ -26,6 +28,10 @@ class Stream(Protocol):
 
     def finish(self) -> str:
         """The text that was waiting for more tokens."""
+        ...
+
+    def fork(self) -> Self:
+        """A stream of its own that goes on from here. Opening one reads the prompt, and that may be long."""
         ...
 
 
@@ -71,6 +77,12 @@ class ByteLevelStream:
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        other._utf8.setstate(self._utf8.getstate())
+        return other
+
 
 class MetaspaceStream:
     """Sentencepiece text. A run of byte tokens waits for its end: one wrong byte spoils the whole run."""
@@ -107,6 +119,11 @@ class MetaspaceStream:
 
     def finish(self) -> str:
         return self._strip(self._end_run())
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._run = bytearray(self._run)
+        return other
 
     def _end_run(self) -> str:
         try:
@@ -152,7 +169,7 @@ class MetaspaceStream:
 
 
 class WholeStream:
-    """Decodes everything again at every token: for decoders whose rules only the library knows."""
+    """Decodes the last tokens again with every further one: for decoders whose rules only the library knows."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._decode = tokenizer.backend.decode
@@ -171,10 +188,25 @@ class WholeStream:
             return ""
         delta = certain[len(self._given) :]
         self._given = certain
+        if len(self._ids) > _KEPT and certain == text:
+            self._forget()
         return delta
+
+    def _forget(self) -> None:
+        """Lets go of all tokens but the last ones, if those say the same without the others."""
+        ids, given = self._ids, self._given
+        self._ids = ids[-_CONTEXT:]
+        self._given = self._text()
+        if not given.endswith(self._given) or not self._given:
+            self._ids, self._given = ids, given
 
     def finish(self) -> str:
         return self._text()[len(self._given) :]
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._ids = list(self._ids)
+        return other
 
 
 class CleaningStream:
@@ -196,3 +228,8 @@ class CleaningStream:
     def finish(self) -> str:
         held, self._held = self._held + self._stream.finish(), ""
         return clean_up(held)
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._stream = self._stream.fork()
+        return other

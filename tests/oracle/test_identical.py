@@ -1,13 +1,23 @@
 """A request's tokens depend on the request alone: not on chunks, cache, company, overlap, preemption or devices.
 
 Half of the 32 requests are greedy and must give what transformers gives; the other half are drawn with a seed and
-every kind of parameter, and must give what they give alone.
+every kind of parameter, and must give what they give alone. They are compiled as a server compiles them;
+what runs on several devices, by scanned layers or by another attention is compiled at level 0, which changes no token.
 """
 
 import pytest
 
 from jinfer import SamplingParams
-from tests.support.engines import Output, check_idle, collect, greedy, run, run_one, served_engine
+from tests.support.engines import (
+    Output,
+    check_idle,
+    collect,
+    greedy,
+    run,
+    run_one,
+    served_engine,
+    small_engine,
+)
 from tests.support.models import hf_greedy, make_llama, margin, random_prompt
 
 COUNT = 32
@@ -160,25 +170,25 @@ def test_a_long_cached_prefix_brings_more_pages_than_a_small_step_has_room_for(f
 
 
 def test_scanned_layers(folder, alone):
-    assert_same(run(served_engine(folder, layer_loop="scan"), some(17, 9, 4, 7)), alone)
+    assert_same(run(small_engine(folder, layer_loop="scan"), some(17, 9, 4, 7)), alone)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])  # the default is the native one
 def test_attention_implementations(folder, alone, backend):
-    engine = served_engine(folder, max_num_seqs=2, attention_backend=backend)
+    engine = small_engine(folder, max_num_seqs=2, attention_backend=backend)
     assert_same(run(engine, some(5, 4)), alone)
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_devices(folder, alone, devices):
-    engine = served_engine(folder, max_num_seqs=2, tensor_parallel_size=devices)
+    engine = small_engine(folder, max_num_seqs=2, tensor_parallel_size=devices)
     assert len(engine.runner.mesh.devices.flat) == devices
     assert_same(run(engine, some(16, 9, 7)), alone)
 
 
 @pytest.mark.parametrize(("devices", "loop"), [(4, "scan"), (8, "unroll")])
 def test_devices_that_divide_neither_vocabulary_nor_feed_forward(uneven_folder, devices, loop):
-    engine = served_engine(uneven_folder, max_num_seqs=1, tensor_parallel_size=devices, layer_loop=loop)
+    engine = small_engine(uneven_folder, max_num_seqs=1, tensor_parallel_size=devices, layer_loop=loop)
     outputs = run(engine, some(0, 4))
     for i in (0, 4):
         tokens, logits = hf_greedy(uneven_folder, PROMPTS[i], 64)

@@ -69,6 +69,45 @@ def test_output_continues_the_prompt(tokenizers, kind, data, skip):
     assert tokenizer.decode(prompt, skip) + "".join(deltas) == whole
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@many
+def test_a_fork_goes_on_alone(tokenizers, kind, data):
+    """Choices of one prompt read it once."""
+    tokenizer = tokenizers[kind]
+    prompt = data.draw(st.one_of(token_ids(tokenizer), st.just([1])))
+    options = {"stop": data.draw(st.sampled_from([(), (" t",), ("e", "日本")]))}
+    first = IncrementalDetokenizer(tokenizer, prompt, **options)
+    forks = [first.fork(), first.fork(), first]
+    for fork in forks:
+        ids = data.draw(token_ids(tokenizer))
+        expected, alone = stream(tokenizer, ids, prompt, **options)
+        assert [*(fork.push(i) for i in ids), fork.flush()] == expected
+        assert (fork.text, fork.stopped_by, fork.decoded_length) == (
+            alone.text,
+            alone.stopped_by,
+            alone.decoded_length,
+        )
+
+
+def test_a_decoder_that_only_the_library_knows_is_given_few_tokens(tokenizers, monkeypatch):
+    tokenizer, given = tokenizers["wordpiece"], []
+    ids = tokenizer.encode("the dog, the cat. " * 200, add_special_tokens=False)
+    decode = tokenizer.backend.decode
+
+    class Backend:
+        def decode(self, ids, **options):
+            given.append(len(ids))
+            return decode(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "backend", Backend())
+    deltas, _ = stream(tokenizer, ids)
+    monkeypatch.undo()
+    assert len(ids) > 500
+    assert "".join(deltas) == tokenizer.decode(ids)
+    assert max(given) < 100
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
 def test_a_character_begun_in_the_prompt_is_completed(tokenizers, kind):
     tokenizer = tokenizers[kind]
