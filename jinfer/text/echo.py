@@ -155,7 +155,9 @@ class TextOffsets:
             self._count += len(data)
             return self._count - len(data)
         if self._pending and data and not _continues(self._pending, data[0]):
-            self._count, self._pending = self._count + 1, b""  # it is U+FFFD in the text by now
+            # It is U+FFFD in the text by now; of the first two bytes of a surrogate, which Python waits with, each is.
+            self._count += len(self._pending.decode("utf-8", "replace"))
+            self._pending = b""
         at = self._count
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._count += len(decoder.decode(self._pending + data))

@@ -73,6 +73,15 @@ def test_an_offset_is_the_length_of_the_text_in_front(tokenizers, kind, data, sk
             assert at == len(before)
 
 
+def test_the_beginning_of_a_surrogate_is_two_characters(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    byte = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
+    ids = [byte[b"\xed"], byte[b"\xa0"], byte[b"a"], byte[b"a"]]
+    offsets = tokenizer.text_offsets()
+    assert [offsets.push(i) for i in ids] == [0, 0, 2, 3]
+    assert tokenizer.decode(ids) == "\ufffd\ufffdaa"
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "llama_class", "metaspace"])
 @pytest.mark.parametrize("text", ["größer 日本é🙂 and 👩‍👩‍👧", "🙂é"])
 def test_offsets_point_at_their_tokens(tokenizers, kind, text):
