@@ -189,7 +189,7 @@ def _make_parser(
 def _add_flag(group: Any, f: dataclasses.Field[Any]) -> None:
     kind = _kind(f)
     flag = "--" + f.name.replace("_", "-")
-    # No defaults here: what is left out must be told from what is given, for a flag to override the file.
+    # No defaults here: a flag overrides the file only where it is given.
     options: dict[str, Any] = {
         "dest": f.name,
         "default": argparse.SUPPRESS,

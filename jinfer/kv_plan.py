@@ -44,7 +44,7 @@ class GroupPlan:
 
     @property
     def size(self) -> GroupSize:
-        """What the scheduler is told."""
+        """The sizes that the scheduler works with."""
         return GroupSize(self.pages, self.kind.window, len(self.layers))
 
 

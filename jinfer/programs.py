@@ -179,7 +179,7 @@ class StepPrograms:
     def _key(self, shape: StepShape) -> Any:
         settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64  # pyright: ignore
         level = self.config.optimization_level
-        return self.spec, self.mesh, self.kv_plan, self.config.max_num_seqs, shape, level, settings
+        return self.spec, self.mesh, self.kv_plan, shape, level, settings
 
     def recall(self, shape: StepShape) -> Any:
         """The executable that an engine of this process made before for the same step, or None.

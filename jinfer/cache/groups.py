@@ -46,7 +46,7 @@ def most_pages(num_tokens: int, window: int | None, page_size: int, chunk: int) 
 
 @dataclass(frozen=True)
 class GroupSize:
-    """What the scheduler is told of a group: its pages (the null page included), its window, how many layers it has."""
+    """What the scheduler knows of a group: its pages (the null page included), its window, how many layers it has."""
 
     num_pages: int
     window: int | None = None

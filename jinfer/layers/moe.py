@@ -113,8 +113,8 @@ def _in_best_groups(choice: Float[Array, "T X"], spec: RouterSpec) -> Array:
 class Experts(nnx.Module):
     """The experts' weights, outputs before inputs: gate_up [X, 2, F, E], down [X, E, F], and their biases.
 
-    Whole experts are parted over the mesh's `expert` axis, and a part of each expert's F goes to each device of the
-    `tensor` axis; with `Build.experts_over_tensor` whole experts are parted over that axis too.
+    Whole experts are sharded over the mesh's `expert` axis, and a part of each expert's F goes to each device of the
+    `tensor` axis; with `Build.experts_over_tensor` whole experts are sharded over that axis too.
     """
 
     def __init__(self, build: Build, embed: int, spec: MoESpec) -> None:

@@ -3,7 +3,7 @@
 On TPU a scan costs no copy and makes compile time independent of depth. On GPU and CPU a scan copies every layer's
 weights every step, so there the layers stay apart. One body serves both.
 
-Layers are told apart by their specs. Unlike layers usually repeat a pattern (five with a window, one without), and a
+Layers are distinguished by their specs. Unlike layers usually repeat a pattern (five with a window, one without), and a
 few break it; a scan runs over each run of repetitions, and what repeats nothing stands alone:
 
     specs      D  W W F  W W F  W W F  W        segments  D | (W W F) x 3 | W

@@ -309,7 +309,7 @@ def read_activation(fields: Fields, key: str) -> str:
 
 
 def read_head_dim(fields: Fields, hidden: int, heads: int) -> int:
-    """The size of a head: as stated, else the hidden size parted among the heads."""
+    """The size of a head: as stated, else the hidden size divided by the number of heads."""
     head_dim = fields.integer("head_dim", low=2, high=2**14, default=None)
     if head_dim is None:
         if hidden % heads:

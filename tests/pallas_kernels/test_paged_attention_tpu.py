@@ -94,7 +94,7 @@ def ragged_rows(draw, shape: Shape) -> tuple[list[Row], list[Row]]:
 
 # Shrinking would take as long as the whole file.
 quick = settings(
-    max_examples=5,
+    max_examples=8,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

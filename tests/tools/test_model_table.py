@@ -121,7 +121,7 @@ def test_unknown_models_are_named(capsys):
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_a_row_compiles_at_real_width(tmp_path, monkeypatch, capsys):
-    """Two periods of its layers and a part of its vocabulary: compiling all takes long and says the same."""
+    """Two periods of its layers at full width, and a part of its vocabulary: the whole takes twice as long."""
     config = json.loads((MODELS / "smollm3-3b" / "config.json").read_text())
     less: dict[str, object] = {name: config[name][:8] for name in ("layer_types", "no_rope_layers")}
     less |= {"num_hidden_layers": 8, "vocab_size": 16384}
